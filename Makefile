@@ -1,0 +1,103 @@
+# kvray: everything that a developer types. On a fresh clone `make demo` and `make test` do the rest
+# themselves. PYTHON=python3.12 chooses another interpreter; the locks are made with 3.11.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+VENV_RAY_LLM := .venv-ray-llm
+LOCK := requirements/lock-vllm-0.32.txt
+LOCK_RAY_LLM := requirements/lock-vllm-0.29.txt
+SYSTEM_PACKAGES := $(shell grep -v '^\#' requirements/system-packages.txt)
+
+# Upper bounds of one run, in seconds: .ci/run has 75 minutes for all of them.
+TEST_LIMIT_S := 1200
+SLOW_LIMIT_S := 1200
+RAY_LLM_LIMIT_S := 900
+
+# Runs pytest so that no process outlives it, whatever happens in the tests.
+pytest = $(1)/bin/python -m tests.contained --limit-s $(2) -- $(1)/bin/python -m pytest
+
+.PHONY: help system install install-ray-llm demo test test-slow test-all test-ray-llm lint format clean
+
+help:
+	@echo 'make demo          two nodes, two engines, one document (installs what it needs first)'
+	@echo 'make test          unit, property, contract and integration tests, under 20 minutes'
+	@echo 'make test-all      make test, and what is slower'
+	@echo 'make test-ray-llm  the engine tests with vLLM 0.29 and NIXL 1.3.2, the pair of ray[llm]'
+	@echo 'make lint          ruff, mypy, import-linter'
+	@echo 'make format        ruff format and the fixes that ruff is sure of'
+	@echo 'make install       .venv from the pinned file; a second call does nothing'
+	@echo 'make system        the Debian packages of requirements/system-packages.txt'
+	@echo 'make clean         removes the environments and caches'
+
+# Root installs what is missing; anybody else is told. Where all is there, nothing is asked or run.
+system:
+	@missing=''; \
+	for package in $(SYSTEM_PACKAGES); do \
+	    dpkg-query -W -f='$${Status}' "$$package" 2>/dev/null | grep -q 'ok installed' \
+	        || missing="$$missing $$package"; \
+	done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then \
+	    echo "not a Debian system: kvray needs, under the names they have here:$$missing"; exit 0; \
+	fi; \
+	if [ "$$(id -u)" != 0 ]; then \
+	    echo "missing system packages; please run: sudo apt-get install$$missing" >&2; exit 1; \
+	fi; \
+	export DEBIAN_FRONTEND=noninteractive; \
+	install="apt-get install -y -q --no-install-recommends$$missing"; \
+	$$install || { apt-get update -q && $$install; }
+
+install: $(VENV)/.installed
+
+install-ray-llm: $(VENV_RAY_LLM)/.installed
+
+$(VENV)/.installed: $(LOCK) pyproject.toml
+	$(call build_environment,$(VENV),$(LOCK))
+
+$(VENV_RAY_LLM)/.installed: $(LOCK_RAY_LLM) pyproject.toml
+	$(call build_environment,$(VENV_RAY_LLM),$(LOCK_RAY_LLM))
+
+# --no-deps: the lock is the whole environment, nothing is resolved. The stamp is written last, so
+# an interrupted installation goes on where it stopped.
+define build_environment
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	    || { echo "kvray needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(1)/bin/python || "$(PYTHON)" -m venv $(1)
+	@echo "installing $$(grep -c '==' $(2)) pinned packages into $(1) (a few minutes the first time)"
+	@$(1)/bin/python -m pip install -qq --no-input --disable-pip-version-check --no-deps -r $(2)
+	@$(1)/bin/python -m pip install -qq --no-input --disable-pip-version-check --no-deps \
+	    --no-build-isolation --editable .
+	@touch $@
+endef
+
+demo: system install
+	$(VENV)/bin/python examples/two_nodes.py $(ARGS)
+
+test: system install
+	$(call pytest,$(VENV),$(TEST_LIMIT_S)) -m 'not slow and not ray_llm' $(ARGS)
+
+test-slow: system install
+	$(call pytest,$(VENV),$(SLOW_LIMIT_S)) -m 'slow and not ray_llm' $(ARGS)
+
+test-all: test test-slow
+
+test-ray-llm: system install-ray-llm
+	$(call pytest,$(VENV_RAY_LLM),$(RAY_LLM_LIMIT_S)) -m '(engine or ray_llm) and not slow' $(ARGS)
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+format: install
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) $(VENV_RAY_LLM) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	    .import_linter_cache build *.egg-info

@@ -1,0 +1,138 @@
+"""What is to be seen of a cluster: plain dataclasses, and how they are made out of what the
+directory, the NodeStores and Ray say.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from kvray.errors import ConfigError, KVRayError, SlabBusyError, SlabError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class NodeState(StrEnum):
+    """How a node of the cluster is.
+
+    STARTING ──▶ READY ◀──heartbeats──▶ SUSPECT ──▶ LOST
+        └──────▶ FAILED (can not start; tries again)
+    """
+
+    STARTING = "starting"
+    READY = "ready"
+    SUSPECT = "suspect"
+    LOST = "lost"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """One Ray node. details: what its NodeStore says of itself, empty if it says nothing."""
+
+    node_id: str
+    state: NodeState
+    host: str
+    epoch: int
+    slab_bytes: int
+    used_bytes: int
+    block_count: int
+    client_count: int
+    pid: int
+    problem: str
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """One place of a block, as the directory believes it."""
+
+    node_id: str
+    epoch: int
+    slot: int
+    generation: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    cluster_name: str
+    term: int
+    nodes: tuple[NodeStatus, ...]
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row a node, all fields but details."""
+        import pandas as pd
+
+        columns = [name for name in NodeStatus.__slots__ if name != "details"]
+        rows = [
+            [
+                str(getattr(node, name)) if name == "state" else getattr(node, name)
+                for name in columns
+            ]
+            for node in self.nodes
+        ]
+        return pd.DataFrame(rows, columns=columns)
+
+
+def node_status(
+    node_id: str,
+    host: str | None,
+    listed: Mapping[str, Any] | None,
+    answer: Mapping[str, Any] | None,
+) -> NodeStatus:
+    """host: None if Ray says the node is gone. listed: what the directory says of it. answer: what
+    it says of itself.
+    """
+    own: Mapping[str, Any] = answer or {}
+    problem = own.get("problem") or {}
+    return NodeStatus(
+        node_id=node_id,
+        state=_judge(host, listed, answer),
+        host=host or "",
+        epoch=(listed or {}).get("epoch", 0),
+        slab_bytes=own.get("slab_bytes", 0),
+        used_bytes=own.get("used_bytes", 0),
+        block_count=own.get("block_count", 0),
+        client_count=own.get("client_count", 0),
+        pid=own.get("pid", 0),
+        problem=problem.get("text", ""),
+        details=dict(own),
+    )
+
+
+def _judge(
+    host: str | None, listed: Mapping[str, Any] | None, answer: Mapping[str, Any] | None
+) -> NodeState:
+    phase = answer["phase"] if answer is not None else None
+    if phase == "failed":
+        return NodeState.FAILED
+    if listed is None or listed["state"] == "buried":
+        return NodeState.STARTING if host is not None else NodeState.LOST
+    if listed["state"] == "suspect":
+        return NodeState.SUSPECT
+    return NodeState.READY if phase in ("serving", None) else NodeState.STARTING
+
+
+def progress_line(node: NodeStatus) -> str:
+    line = f"node {node.node_id[:8]}: {node.state}"
+    if node.problem:
+        return f"{line}: {node.problem}"
+    done_bytes, all_bytes = (node.details.get(name, 0) for name in ("cleared_bytes", "slab_bytes"))
+    if node.state is NodeState.STARTING and 0 < done_bytes < all_bytes:
+        return f"{line}, {done_bytes >> 20} of {all_bytes >> 20} MiB cleared"
+    return line
+
+
+_ERRORS: Mapping[str, type[KVRayError]] = {
+    kind.__name__: kind for kind in (ConfigError, SlabError, SlabBusyError)
+}
+
+
+def raise_failures(nodes: Sequence[NodeStatus]) -> None:
+    """As the error that the first of them met, with the texts of all."""
+    failed = [node for node in nodes if node.state is NodeState.FAILED]
+    if failed:
+        kind = _ERRORS.get(failed[0].details["problem"]["kind"], SlabError)
+        raise kind("; ".join(f"node {node.node_id[:8]}: {node.problem}" for node in failed))

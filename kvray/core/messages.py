@@ -1,0 +1,282 @@
+"""Everything that is said between an engine, a NodeStore and the directory.
+
+All messages are msgspec structs in one tagged union; core.codec puts a version byte before them.
+Lists of keys and slots travel as packed bytes (numpy little-endian arrays), since 1,024 Python
+objects cost more than the call itself. The packed forms:
+
+    keys         n x 16 bytes, one BlockKey after another
+    SLOT_DTYPE   n rows of (slot u4, generation u8, offset u8), a place in the local slab
+    ENTRY_DTYPE  n rows of (key V16, slot u4, bytes u4, generation u8, origin u1), a block in a set
+
+Engine and NodeStore (unix SEQPACKET socket; payload never crosses it):
+
+    Hello ─▶ HelloReply (with the slab's file descriptor) | Refused
+    Lookup ─▶ LookupReply ... LookupUpdate*       Unpin ─▶ Ack     (Unpin also ends the waiting)
+    Reserve ─▶ ReserveReply                       Commit, Abandon ─▶ Ack
+    Report ─▶ Ack                                 Bye ─▶ Ack
+
+NodeStore and directory (Ray calls with encoded messages):
+
+    NodeHello ─▶ NodeHelloReply     Announce ─▶ AnnounceReply     Locate ─▶ LocateReply
+"""
+
+from enum import IntEnum
+
+import msgspec
+import numpy as np
+
+from kvray.core.ids import ClientId, Epoch, Namespace, NodeId, OpId, Role, SlabId, Term
+
+MAX_KEYS_PER_MESSAGE = 1_024  # 20 bytes a key back: well below the 200 KiB of a SEQPACKET message
+MAX_MESSAGE_BYTES = 200 * 1024  # SO_SNDBUF is 212,992 by default; 208 KiB is EMSGSIZE
+MAX_CALL_BYTES = 8 * 1024 * 1024  # a Ray call; resync parts and locate batches stay below it
+MAX_WRITING_LISTED = 4_096  # (slot, generation) pairs an engine may list in Hello
+
+# Of the control messages. With these, each of them stays below MAX_CALL_BYTES.
+MAX_CHANGES_PER_ANNOUNCE = 131_072  # adds, and as many removes: 33 and 16 bytes each
+MAX_LOCATE_KEYS = 16_384  # 16 full lookups in one call
+MAX_SOURCES_PER_KEY = 8  # a fetch tries two or three; 16,384 keys with 8 sources are 2.9 MB
+MAX_ROSTER_NODES = 1_536  # a roster entry has at most 5.3 KB, and the whole roster is one answer
+MAX_LINK_METADATA_BYTES = 4_096  # NIXL's has about 460; more network cards, more addresses
+MAX_NAME_BYTES = 255  # node ids, host names, agent names, versions, names of counters
+MAX_TEXT_BYTES = 8_192  # a reason or a label: a path or two and a sentence
+MAX_COUNTERS = 256  # of one Report
+MAX_DEADLINE_MS = 600_000  # ten minutes: nothing waits for ever, and a second is usual
+MAX_PERIOD_MS = 60_000  # between heartbeats; a larger one can only be a mistake
+MAX_EPOCH = 2**62  # epochs and terms follow the wall clock in ms; the next one always fits 64 bits
+
+SLOT_DTYPE = np.dtype([("slot", "<u4"), ("generation", "<u8"), ("offset", "<u8")])
+ENTRY_DTYPE = np.dtype(
+    [("key", "V16"), ("slot", "<u4"), ("bytes", "<u4"), ("generation", "<u8"), ("origin", "u1")]
+)
+# V16 and not S16, which drops trailing zero bytes when it is read.
+LOCATION_DTYPE = np.dtype(
+    [
+        ("key_index", "<u4"),
+        ("node", "<u2"),
+        ("slot", "<u4"),
+        ("bytes", "<u4"),
+        ("generation", "<u8"),
+    ]
+)
+
+
+class KeyState(IntEnum):
+    """The answer for one key of a Lookup, one byte each."""
+
+    MISS = 0
+    HIT = 1  # READY here and pinned for this operation
+    WAIT = 2  # being written or fetched here; a LookupUpdate will say HIT or MISS
+
+
+class Grant(IntEnum):
+    """The answer for one key of a Reserve, one byte each."""
+
+    GRANTED = 0
+    PRESENT = 1  # READY or being written already: nothing to store
+    FULL = 2  # no slot to be had now: this store is dropped
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    op: OpId
+    client: ClientId
+    role: Role
+    engine_nonce: int  # a WORKER names its engine's nonce; an ENGINE its own
+    namespace: Namespace  # for status only; keys are already derived from it
+    label: str  # model name and rank, for people
+    slab_id: SlabId  # the slab that `writing` speaks of; empty at the first hello
+    writing: bytes = b""  # SLOT_DTYPE rows (offset 0): slots this engine may still write into
+
+
+class HelloReply(msgspec.Struct, frozen=True, tag="hello_reply"):
+    op: OpId
+    node_id: NodeId
+    epoch: Epoch
+    slab_id: SlabId
+    slab_bytes: int
+    extent_bytes: int
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """Any request may be answered so. The connection stays open unless the reason is fatal."""
+
+    op: OpId
+    reason: str
+    fatal: bool = False
+
+
+class Lookup(msgspec.Struct, frozen=True, tag="lookup"):
+    """Ask for all keys of one request. run_lengths cut keys into runs; within a run with
+    prefix=True only the keys up to the first miss are worth anything, so nothing behind it is
+    fetched or pinned. slot_bytes: the size that each run's blocks must have.
+    """
+
+    op: OpId
+    keys: bytes
+    run_lengths: list[int]
+    run_is_prefix: list[bool]
+    run_slot_bytes: list[int]
+    deadline_ms: int  # relative: from receipt until every WAIT is answered
+    fetch: bool = True  # False: only what is here
+
+
+class LookupReply(msgspec.Struct, frozen=True, tag="lookup_reply"):
+    op: OpId
+    states: bytes  # one KeyState a key
+    slots: bytes  # SLOT_DTYPE rows, one for each HIT in order
+
+
+class LookupUpdate(msgspec.Struct, frozen=True, tag="lookup_update"):
+    op: OpId
+    indices: list[int]  # into the keys of the Lookup
+    states: bytes  # HIT or MISS for each index
+    slots: bytes  # SLOT_DTYPE rows for the HITs
+
+
+class Unpin(msgspec.Struct, frozen=True, tag="unpin"):
+    """Release all pins of one Lookup and end its waiting. May be repeated without harm."""
+
+    op: OpId
+    lookup_op: OpId
+
+
+class Reserve(msgspec.Struct, frozen=True, tag="reserve"):
+    op: OpId
+    keys: bytes
+    run_lengths: list[int]
+    run_slot_bytes: list[int]
+
+
+class ReserveReply(msgspec.Struct, frozen=True, tag="reserve_reply"):
+    op: OpId
+    grants: bytes  # one Grant a key
+    slots: bytes  # SLOT_DTYPE rows, one for each GRANTED in order
+
+
+class Commit(msgspec.Struct, frozen=True, tag="commit"):
+    """The payload of these slots is whole. All or nothing per slot; a slot that is no longer
+    this reservation's (other generation, other slab) is ignored. May be repeated.
+    """
+
+    op: OpId
+    slab_id: SlabId
+    slots: bytes  # SLOT_DTYPE rows (offset ignored)
+
+
+class Abandon(msgspec.Struct, frozen=True, tag="abandon"):
+    """Nobody writes into these slots any more, and their content is worth nothing. If slots is
+    empty, the reservation `reserve_op` is cancelled as a whole (its answer came too late and no
+    worker was told of it). May be repeated.
+    """
+
+    op: OpId
+    slab_id: SlabId
+    slots: bytes
+    reserve_op: OpId = OpId(0)
+
+
+class Report(msgspec.Struct, frozen=True, tag="report"):
+    """Counters of an engine since its last report, for people: tokens by source and so on."""
+
+    op: OpId
+    counters: dict[str, int]
+
+
+class Bye(msgspec.Struct, frozen=True, tag="bye"):
+    op: OpId
+
+
+class Ack(msgspec.Struct, frozen=True, tag="ack"):
+    op: OpId
+
+
+class NodeInfo(msgspec.Struct, frozen=True, tag="node_info"):
+    """One node of the roster: all that a peer needs to read from it."""
+
+    node_id: NodeId
+    epoch: Epoch
+    link_name: str  # agent name; carries the epoch
+    link_metadata: bytes
+    slab_id: SlabId
+    slab_address: int  # where the owner mapped the slab: base of remote addresses
+    slab_bytes: int
+    extent_bytes: int
+    host: str
+    kvray_version: str
+    format_version: int
+
+
+class NodeHello(msgspec.Struct, frozen=True, tag="node_hello"):
+    """wall_clock_ms: at the start of this NodeStore, the same in each hello of its life. So a node
+    that says hello to a new directory keeps its epoch.
+    """
+
+    info: NodeInfo
+    wall_clock_ms: int
+
+
+class NodeHelloReply(msgspec.Struct, frozen=True, tag="node_hello_reply"):
+    """accepted_epoch may be greater than asked: take it and say hello again with it."""
+
+    term: Term
+    accepted_epoch: Epoch
+    roster_version: int
+    roster: list[NodeInfo]
+    heartbeat_period_ms: int
+
+
+class Announce(msgspec.Struct, frozen=True, tag="announce"):
+    """Heartbeat and changes in one. sequence counts the announces of an epoch from 1.
+
+    resync_part 0: `adds` and `removes` are changes. resync_part 1..n: parts of the whole set,
+    which replaces the node's entries when the part with resync_last arrives. A part has no
+    removes; changes go on meanwhile in announces of their own and are applied to both. What a
+    change says about a key since part 1 counts more than what a part says, so a part may be made
+    from a copy of the set that was taken at part 1 or later.
+    """
+
+    node_id: NodeId
+    epoch: Epoch
+    term: Term
+    sequence: int
+    roster_version: int  # the roster that the node knows
+    adds: bytes  # ENTRY_DTYPE rows
+    removes: bytes  # keys
+    resync_part: int = 0
+    resync_last: bool = False
+
+
+class AnnounceStatus(IntEnum):
+    OK = 0
+    RESYNC = 1  # a gap, or a new directory: send the whole set
+    BURIED = 2  # come back with a new epoch
+    UNKNOWN = 3  # say NodeHello first
+
+
+class AnnounceReply(msgspec.Struct, frozen=True, tag="announce_reply"):
+    status: AnnounceStatus
+    term: Term
+    roster_version: int
+    heartbeat_period_ms: int
+    roster: list[NodeInfo] | None = None  # only if it differs from the node's version
+
+
+class Locate(msgspec.Struct, frozen=True, tag="locate"):
+    node_id: NodeId  # the asker; its own entries are left out
+    epoch: Epoch
+    keys: bytes
+
+
+class LocateReply(msgspec.Struct, frozen=True, tag="locate_reply"):
+    """nodes: the sources named by `locations`, whose node column indexes this list."""
+
+    term: Term
+    nodes: list[NodeId]
+    epochs: list[Epoch]
+    locations: bytes  # LOCATION_DTYPE rows, ordered by key_index
+
+
+LocalRequest = Hello | Lookup | Unpin | Reserve | Commit | Abandon | Report | Bye
+LocalAnswer = HelloReply | Refused | LookupReply | LookupUpdate | ReserveReply | Ack
+ControlMessage = NodeHello | NodeHelloReply | Announce | AnnounceReply | Locate | LocateReply
+Message = LocalRequest | LocalAnswer | ControlMessage

@@ -1,0 +1,112 @@
+"""A node to read from: where its slots are, what it owes us, whether it is worth asking.
+
+    usable ──a read fails or is late──▶ avoided, 0.5 s doubling to 8 s ──▶ usable
+       ▲                                                                      │
+       └───────────────── a read is proven: the doubling starts anew ─────────┘
+
+It says what a peer is like. Which block is read from which peer is core.planner's to say, when and
+how core.fetch's.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from kvray.core.commands import Offsets
+from kvray.core.ids import Epoch, Generation, NodeId, SlotIndex
+from kvray.core.layout import HEADER_BYTES, Geometry, aligned
+from kvray.core.messages import NodeInfo
+
+FIRST_AVOID_MS = 500  # long enough for a slow moment of a live peer to pass
+MAX_AVOID_MS = 8_000  # short enough for a peer that comes back to be of use soon
+MAX_SIZES_KEPT = 256  # of slots_in_extent: hints could name any size, models name a few
+
+
+class Source(msgspec.Struct, frozen=True, gc=False):
+    """A hint of the directory: one block on one node."""
+
+    node_id: NodeId
+    epoch: Epoch
+    slot: SlotIndex
+    generation: Generation
+    bytes: int
+
+
+class Peer:
+    """One node in one epoch."""
+
+    __slots__ = (
+        "_avoid_ms",
+        "_geometry",
+        "_payload_offset",
+        "_slot_count",
+        "_slots_in_extent",
+        "_slots_per_extent",
+        "abandoned",
+        "avoid_until_ms",
+        "info",
+        "outstanding_bytes",
+        "under_way",
+    )
+
+    def __init__(self, info: NodeInfo) -> None:
+        self.info = info
+        self.outstanding_bytes = 0  # planned, and not yet come
+        self.under_way = 0  # reads: their slots are being reserved, or they are posted
+        self.abandoned = 0  # reads that nobody waits for and that have not ended
+        self.avoid_until_ms = 0
+        self._avoid_ms = 0
+        # Geometry works out its numbers at each call; here they are needed for every block.
+        self._geometry = Geometry(info.slab_bytes, info.extent_bytes)
+        self._payload_offset = self._geometry.payload_offset
+        self._slot_count = self._geometry.slot_count
+        self._slots_per_extent = self._geometry.slots_per_extent
+        self._slots_in_extent: dict[int, int] = {}  # by block size: a handful of sizes
+
+    @property
+    def node_id(self) -> NodeId:
+        return self.info.node_id
+
+    @property
+    def epoch(self) -> Epoch:
+        return self.info.epoch
+
+    def can_hold(self, source: Source) -> bool:
+        """Whether its slab has such a slot: a hint is not to be trusted with an address."""
+        in_extent = self._slots_in_extent.get(source.bytes)
+        if in_extent is None:
+            in_extent = self._geometry.slots_in_extent(source.bytes) if source.bytes > 0 else 0
+            if len(self._slots_in_extent) >= MAX_SIZES_KEPT:
+                self._slots_in_extent.clear()
+            self._slots_in_extent[source.bytes] = in_extent
+        slot = source.slot
+        return 0 <= slot < self._slot_count and slot % self._slots_per_extent < in_extent
+
+    def payload_offsets(self, sources: Sequence[Source]) -> Offsets:
+        """Geometry.slot_offset of each, in one go."""
+        slots = np.array([source.slot for source in sources], np.uint64)
+        sizes = np.array([aligned(source.bytes) for source in sources], np.uint64)
+        extents = slots // np.uint64(self._slots_per_extent)
+        indices = slots % np.uint64(self._slots_per_extent)
+        in_payload: Offsets = extents * np.uint64(self.info.extent_bytes) + indices * sizes
+        return in_payload + np.uint64(self._payload_offset)
+
+    def header_offsets(self, sources: Sequence[Source]) -> Offsets:
+        """Geometry.header_offset of each, in one go."""
+        slots = np.array([source.slot for source in sources], np.uint64)
+        return slots * np.uint64(HEADER_BYTES) + np.uint64(self._geometry.slot_table_offset)
+
+    def fail(self, now_ms: int) -> int:
+        """It did not do what was asked: avoid it, for so many ms. Failures of reads that were
+        posted before the first one of them was seen count as one.
+        """
+        if now_ms >= self.avoid_until_ms:
+            self._avoid_ms = min(max(2 * self._avoid_ms, FIRST_AVOID_MS), MAX_AVOID_MS)
+            self.avoid_until_ms = now_ms + self._avoid_ms
+        return self.avoid_until_ms - now_ms
+
+    def succeed(self) -> None:
+        """A read of it has been proven."""
+        self._avoid_ms = 0
+        self.avoid_until_ms = 0

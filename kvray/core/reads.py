@@ -1,0 +1,326 @@
+"""The reads of FetchCore: reserved for, under way, abandoned; and the limit on all of them.
+
+    reserve ─▶ post PAYLOAD ─▶ end ─▶ post HEADERS ─▶ end
+                     └────── late ──┬───────┘
+                                    ▼
+                                 abandoned ─▶ end, however late: the targets are free only now
+
+An abandoned read is one that has not ended. Each read, abandoned or not, counts against the limit
+until it has ended, so quarantine is bounded by it. What becomes of a block is core.fetch's to say.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from kvray.core.commands import (
+    NO_OFFSETS,
+    AbandonRead,
+    Headers,
+    MissReason,
+    Offsets,
+    PostRead,
+    QuarantineTargets,
+    ReadKind,
+    ReleaseTargets,
+)
+from kvray.core.deadlines import Deadlines
+from kvray.core.effects import Place
+from kvray.core.ids import KEY_BYTES, BlockKey, ReadId, SlotState
+from kvray.core.layout import HEADER_BYTES
+from kvray.core.messages import MAX_LOCATE_KEYS
+from kvray.core.peers import Peer, Source
+from kvray.core.planner import FETCH_BATCH_BYTES, MAX_BATCH_BLOCKS
+
+
+@dataclass(frozen=True, slots=True)
+class FetchLimits:
+    """Every limit of a FetchCore."""
+
+    # Blocks between want and their end: 32 full lookups, about 25 MB of objects.
+    max_fetches: int = 32_768
+    # Reads that are reserved for, under way, or abandoned and not ended. Each holds at most
+    # batch_bytes of slots, so this is also the most that can lie in quarantine: 1 GiB.
+    max_unended_reads: int = 32
+    # The payload of one batch comes while the headers of the one before are proven. Abandoned ones
+    # count, so that one silent peer can not use up max_unended_reads.
+    max_reads_per_peer: int = 2
+    # Calls to the directory at a time; keys that come meanwhile share the next one.
+    max_locates: int = 8
+    max_locate_keys: int = MAX_LOCATE_KEYS
+    locate_deadline_ms: int = 300  # a call takes 1 ms, its p99 on a busy machine is 10
+    payload_deadline_ms: int = 1_000  # 32 MiB at 0.4 GB/s (TCP, the slowest seen) are 80 ms
+    headers_deadline_ms: int = 300  # 64 KiB at most
+    batch_bytes: int = FETCH_BATCH_BYTES
+    batch_blocks: int = MAX_BATCH_BLOCKS
+
+
+class FetchState(Enum):
+    """How far a block is; see the picture in core.fetch."""
+
+    LOCATING = "locating"
+    QUEUED = "queued"
+    RESERVING = "reserving"
+    READING = "reading"
+    VERIFYING = "verifying"
+    ARRIVED = "arrived"
+    MISSED = "missed"
+
+
+class Fetch(msgspec.Struct, eq=False):
+    """One block under way."""
+
+    key: BlockKey
+    bytes: int
+    state: FetchState = FetchState.LOCATING
+    sources: list[Source] = []  # not tried yet
+    peer: Peer | None = None  # chosen; from QUEUED on
+    source: Source | None = None  # the block at this peer
+    target: Place | None = None  # while READING and VERIFYING
+    reason: MissReason = MissReason.NEVER_SEEN  # why the last source did not bring it
+
+
+class Read(msgspec.Struct, eq=False):
+    """One read that is waited for."""
+
+    read_id: ReadId
+    kind: ReadKind
+    peer: Peer
+    fetches: list[Fetch]
+    payload_offsets: Offsets  # at the peer, whatever the kind
+
+    @property
+    def targets(self) -> tuple[Place, ...]:
+        return targets_of(self.fetches)
+
+
+class _Reservation(msgspec.Struct, eq=False):
+    """A batch whose slots have been asked for."""
+
+    peer: Peer
+    fetches: list[Fetch]
+
+
+class _Abandoned(msgspec.Struct, eq=False):
+    """A read that nobody waits for and that has not ended."""
+
+    peer: Peer
+    places: tuple[Place, ...]  # what it may still write into; none if it reads headers
+
+
+class Reads:
+    """All reads of one FetchCore, with their deadlines."""
+
+    def __init__(self, limits: FetchLimits) -> None:
+        self._limits = limits
+        self._reservations: dict[int, _Reservation] = {}
+        self._reads: dict[ReadId, Read] = {}
+        self._abandoned: dict[ReadId, _Abandoned] = {}
+        self._deadlines: Deadlines[ReadId] = Deadlines()
+        self._last_id = 0
+        self._busy_since_ms = 0
+        self.counters = dict.fromkeys(("reads", "failed", "abandoned", "busy_ms"), 0)
+
+    @property
+    def is_clogged(self) -> bool:
+        """As many abandoned reads as there may be have not ended: nothing can be read."""
+        return len(self._abandoned) >= self._limits.max_unended_reads
+
+    def has_room(self, peer: Peer) -> bool:
+        """Whether one more read of this peer may begin."""
+        unended = len(self._reservations) + len(self._reads) + len(self._abandoned)
+        return (
+            unended < self._limits.max_unended_reads
+            and peer.under_way + peer.abandoned < self._limits.max_reads_per_peer
+        )
+
+    def may_ask(self, peer: Peer, now_ms: int) -> bool:
+        """Whether there will be room for this peer when its reads under way have ended."""
+        return now_ms >= peer.avoid_until_ms and peer.abandoned < self._limits.max_reads_per_peer
+
+    # -- a read's life ---------------------------------------------------------------------------
+
+    def reserve(self, peer: Peer, fetches: list[Fetch]) -> int:
+        """Slots for these are being asked for; the id of the batch."""
+        assert self.has_room(peer)
+        self._last_id += 1
+        self._reservations[self._last_id] = _Reservation(peer, fetches)
+        peer.under_way += 1
+        return self._last_id
+
+    def take_reserved(self, batch_id: int) -> tuple[Peer, list[Fetch]]:
+        reservation = self._reservations.pop(batch_id)
+        reservation.peer.under_way -= 1
+        return reservation.peer, reservation.fetches
+
+    def post_payload(self, peer: Peer, fetches: list[Fetch], *, now_ms: int) -> PostRead:
+        """Read these blocks, each with a source at this peer, into their targets."""
+        offsets = peer.payload_offsets(_sources_of(fetches))
+        read = self._post(ReadKind.PAYLOAD, peer, fetches, offsets, now_ms)
+        return PostRead(
+            read.read_id,
+            peer.node_id,
+            peer.epoch,
+            ReadKind.PAYLOAD,
+            offsets,
+            np.array([place.offset for place in read.targets], np.uint64),
+            np.array([fetch.bytes for fetch in fetches], np.uint64),
+        )
+
+    def post_headers(self, payload: Read, *, now_ms: int) -> PostRead:
+        """Read the headers of what has come."""
+        peer, fetches = payload.peer, payload.fetches
+        read = self._post(ReadKind.HEADERS, peer, fetches, payload.payload_offsets, now_ms)
+        return PostRead(
+            read.read_id,
+            peer.node_id,
+            peer.epoch,
+            ReadKind.HEADERS,
+            peer.header_offsets(_sources_of(fetches)),
+            NO_OFFSETS,
+            np.full(len(fetches), HEADER_BYTES, np.uint64),
+        )
+
+    def end(self, read_id: ReadId, *, now_ms: int) -> Read:
+        """The read is over, for better or worse, or nobody waits for it any more."""
+        read = self._reads.pop(read_id)
+        self._deadlines.discard(read_id)
+        read.peer.under_way -= 1
+        if not self._reads:
+            self.counters["busy_ms"] += now_ms - self._busy_since_ms
+        return read
+
+    def abandon(
+        self, read: Read, *, now_ms: int
+    ) -> Iterator[AbandonRead | QuarantineTargets | ReleaseTargets]:
+        """Wait no more for this read. Only its end frees what it may still write into."""
+        self.end(read.read_id, now_ms=now_ms)
+        self.counters["abandoned"] += 1
+        read.peer.abandoned += 1
+        yield AbandonRead(read.read_id)
+        if read.kind is ReadKind.PAYLOAD:
+            self._abandoned[read.read_id] = _Abandoned(read.peer, read.targets)
+            yield QuarantineTargets(read.read_id, read.targets)
+        else:
+            # The payload has ended, so nobody writes into the targets any more.
+            self._abandoned[read.read_id] = _Abandoned(read.peer, ())
+            yield ReleaseTargets(read.targets)
+
+    def end_abandoned(self, read_id: ReadId) -> list[ReleaseTargets] | None:
+        """None if it is not an abandoned read; else what its end sets free."""
+        abandoned = self._abandoned.pop(read_id, None)
+        if abandoned is None:
+            return None
+        abandoned.peer.abandoned -= 1
+        return [ReleaseTargets(abandoned.places)] if abandoned.places else []
+
+    def take_late(self, now_ms: int) -> list[Read]:
+        """Those whose deadline has come. The caller abandons them."""
+        return [self._reads[read_id] for read_id in self._deadlines.take_due(now_ms)]
+
+    def of_peer(self, peer: Peer) -> list[Read]:
+        return [read for read in self._reads.values() if read.peer is peer]
+
+    def next_ms(self) -> int | None:
+        return self._deadlines.next_ms()
+
+    def _post(
+        self, kind: ReadKind, peer: Peer, fetches: list[Fetch], offsets: Offsets, now_ms: int
+    ) -> Read:
+        if not self._reads:
+            self._busy_since_ms = now_ms
+        self._last_id += 1
+        read = Read(ReadId(self._last_id), kind, peer, fetches, offsets)
+        self._reads[read.read_id] = read
+        deadline_ms = (
+            self._limits.payload_deadline_ms
+            if kind is ReadKind.PAYLOAD
+            else self._limits.headers_deadline_ms
+        )
+        self._deadlines.set(read.read_id, now_ms + deadline_ms)
+        peer.under_way += 1
+        self.counters["reads"] += 1
+        return read
+
+    # -- for people and tests --------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, Any]:
+        return {
+            "reserving": len(self._reservations),
+            "under_way": len(self._reads),
+            "abandoned": len(self._abandoned),
+            "quarantined_bytes": sum(
+                place.bytes for read in self._abandoned.values() for place in read.places
+            ),
+        } | {f"{name}_count": count for name, count in self.counters.items() if name != "busy_ms"}
+
+    def check(self) -> list[Fetch]:
+        """Assert that reads, deadlines, peers and limits agree. Returns every block in a
+        reservation or a read; among the reserved ones may be some that were dropped.
+        """
+        assert len(self._deadlines) == len(self._reads), "a read without end, or an end of none"
+        assert all(read_id in self._deadlines for read_id in self._reads)
+        self._deadlines.check()
+        assert not self._reads.keys() & self._abandoned.keys(), "waited for and abandoned"
+        unended = len(self._reservations) + len(self._reads) + len(self._abandoned)
+        assert unended <= self._limits.max_unended_reads, "more unended reads than there may be"
+        under_way: dict[Peer, int] = {}
+        parts: list[Read | _Reservation] = [*self._reads.values(), *self._reservations.values()]
+        for part in parts:
+            under_way[part.peer] = under_way.get(part.peer, 0) + 1
+        abandoned: dict[Peer, int] = {}
+        for lost in self._abandoned.values():
+            abandoned[lost.peer] = abandoned.get(lost.peer, 0) + 1
+        for peer in under_way.keys() | abandoned.keys():
+            assert peer.under_way == under_way.get(peer, 0)
+            assert peer.abandoned == abandoned.get(peer, 0)
+            assert peer.under_way + peer.abandoned <= self._limits.max_reads_per_peer
+        written = [place for read in self._reads.values() for place in read.targets]
+        written += [place for lost in self._abandoned.values() for place in lost.places]
+        slots = [place.slot for place in written]
+        assert len(set(slots)) == len(slots), "two reads write into one slot"
+        for read in self._reads.values():
+            state = FetchState.READING if read.kind is ReadKind.PAYLOAD else FetchState.VERIFYING
+            for fetch in read.fetches:
+                assert fetch.state is state
+                assert fetch.peer is read.peer
+                assert fetch.target is not None, "a read without a target"
+        return [fetch for part in parts for fetch in part.fetches]
+
+
+def targets_of(fetches: Sequence[Fetch]) -> tuple[Place, ...]:
+    return tuple(fetch.target for fetch in fetches if fetch.target is not None)
+
+
+def _sources_of(fetches: Sequence[Fetch]) -> list[Source]:
+    return [fetch.source for fetch in fetches if fetch.source is not None]
+
+
+def proofs(read: Read, headers: Headers) -> list[bool]:
+    """For each block of a read whether its header says that the payload was whole and its own
+    (rule 2). headers: SLOT_HEADER_DTYPE rows, read after the payload had come.
+    """
+    assert len(headers) == len(read.fetches)
+    keys = headers["key"].tobytes()
+    rows = zip(
+        read.fetches,
+        headers["generation"].tolist(),
+        headers["offset"].tolist(),
+        headers["bytes"].tolist(),
+        headers["state"].tolist(),
+        read.payload_offsets.tolist(),
+        strict=True,
+    )
+    return [
+        fetch.source is not None
+        and generation == fetch.source.generation
+        and keys[i * KEY_BYTES : (i + 1) * KEY_BYTES] == fetch.key
+        and offset == expected_offset
+        and payload_bytes == fetch.bytes
+        and state == SlotState.READY
+        for i, (fetch, generation, offset, payload_bytes, state, expected_offset) in enumerate(rows)
+    ]

@@ -1,0 +1,14 @@
+"""The seam to vLLM: everything here runs inside an engine's own processes.
+
+    plugin      adds kvray's doors to vLLM's EngineCore (vllm.general_plugins entry point)
+    attach      puts the connector into an engine that already runs, and takes it out again
+    connector   vLLM's OffloadingConnector, plus failed copies and renewed namespaces
+    lookups     in EngineCore: what is cached, where to store it (an OffloadingManager)
+    transfers   in each worker: copies between paged cache and slab (an OffloadingWorker)
+    copier      arrays of (source, target, bytes) and who executes them
+    ledger      which copy job belongs to which reservation, and who has not reported yet
+    namespace   the digest of everything that changes a block's bytes
+    versions    the only place that knows how vLLM's releases differ
+
+Nothing here imports Ray or NIXL, and only this package imports vLLM.
+"""

@@ -1,0 +1,313 @@
+"""vLLM's OffloadingConnector with what it lacks: copies that fail, and weights that change.
+
+vLLM's connector does the bookkeeping of chunks, preemption, hybrid groups and ranks. It knows
+neither a failed copy (it asserts success and completes every store as good) nor a cache whose
+names change. This subclass adds both, through the metadata that vLLM carries anyway:
+
+    EngineCore  build_connector_meta ── jobs, void_before ──▶  workers: copy, compare headers
+    EngineCore  update_connector_output ◀── ended, failed ──   every rank
+                     │
+                     ├─ store good on every rank ──▶ commit, else abandon
+                     └─ load failed on any rank  ──▶ recompute; misses for that request
+
+Loaded by name: {"kv_connector": "KVRayConnector", "kv_role": "kv_both",
+"kv_connector_module_path": "kvray.engine.connector"}.
+"""
+
+import logging
+import os
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+
+from kvray.core.ids import Namespace
+from kvray.engine import hooks, support, versions
+from kvray.engine.discovery import socket_finder
+from kvray.engine.guard import guarded, nothing
+from kvray.engine.jobs import (
+    KVRayConnectorMetadata,
+    KVRayWorkerMetadata,
+    RankHandshake,
+    SlotSpec,
+)
+from kvray.engine.ledger import Finished, JobKind, JobLedger, Outcome
+from kvray.engine.lookups import Lookups, RequestView, Run
+from kvray.engine.namespace import AdapterDigests, digest, gather_fields
+from kvray.engine.spec import engine_nonce
+from kvray.engine.transfers import Transfers
+from kvray.node.client import NodeClient
+
+logger = logging.getLogger("kvray.engine")
+
+CLOSE_DEADLINE_S = 1.0  # for the last commits and the bye; the NodeStore copes without them
+
+Subject = SlotSpec | tuple[str, RequestView]  # a store's slots, or the request that loads
+
+
+class KVRayConnector(OffloadingConnector):  # type: ignore[misc]
+    """Both halves, as vLLM wants it: role SCHEDULER in EngineCore, role WORKER in each worker."""
+
+    is_kvray = True
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        self.faulted: str | None = None
+        versions.require_tested(versions.installed_version())
+        support.require_supported(vllm_config, kv_cache_config)
+        support.prepare_settings(vllm_config, kv_cache_config)
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._world_size: int = vllm_config.parallel_config.world_size
+        self._ledger: JobLedger[Subject] = JobLedger(self._world_size)
+        self._adapters = AdapterDigests()
+        self._block_pool: Any = None
+        self._loading: dict[int, str] = {}
+        self._client: NodeClient | None = None
+        self._uncached: str | None = None
+        self._attached = support.engine_config(vllm_config).attached
+        if role is KVConnectorRole.SCHEDULER:
+            self._open(vllm_config, kv_cache_config)
+
+    # ---- in EngineCore
+
+    def _open(self, vllm_config: Any, kv_cache_config: Any) -> None:
+        hooks.install()
+        config = support.engine_config(vllm_config)
+        self._uncached = support.runs_uncached(kv_cache_config)
+        fields = gather_fields(
+            vllm_config,
+            kv_cache_config,
+            tokens_per_hash=self.connector_scheduler.config.tokens_per_hash,
+            blocks_per_chunk=self.connector_scheduler.config.blocks_per_chunk,
+            model_tag=config.model_tag,
+        )
+        self._client = NodeClient(
+            find_socket=socket_finder(config),
+            engine_nonce=engine_nonce(vllm_config.kv_transfer_config.engine_id),
+            namespace=Namespace(digest(fields)),
+            label=f"{vllm_config.model_config.model} pid {os.getpid()}",
+            budget_s=config.step_budget_ms / 1_000,
+        )
+        self.lookups.open(self._client, fields)
+        self._client.start()
+        if self._uncached is not None:
+            logger.warning("kvray: this engine runs uncached: %s", self._uncached)
+
+    @property
+    def lookups(self) -> Lookups:
+        manager = self.connector_scheduler.manager
+        assert isinstance(manager, Lookups)
+        return manager
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
+        self._on_handshake([m for m in metadata.values() if isinstance(m, RankHandshake)])
+
+    @guarded(nothing)
+    def _on_handshake(self, ranks: list[RankHandshake]) -> None:
+        if self._uncached is not None:
+            return
+        self._uncached = support.mismatch(ranks, self._world_size)
+        if self._uncached is not None:
+            logger.warning("kvray: this engine runs uncached: %s", self._uncached)
+            return
+        groups = versions.offloaded_group_ids(self._kv_cache_config)
+        self.lookups.slot_bytes = {
+            group: part_bytes * self._world_size
+            for group, part_bytes in zip(groups, ranks[0].part_bytes, strict=True)
+        }
+
+    def on_new_request(self, request: Any) -> None:
+        super().on_new_request(request)
+        self._describe(request)
+
+    @guarded(nothing)
+    def _describe(self, request: Any) -> None:
+        shareable = support.is_shareable(request)
+        salt: bytes | None = b""
+        if (adapter := versions.lora_identity(request)) is not None:
+            salt = self._adapters.salt(*adapter)
+        self.lookups.describe(
+            request.request_id, salt=salt or b"", shareable=shareable and salt is not None
+        )
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        self._begin_lookup(request, num_computed_tokens)
+        answer: tuple[int | None, bool] = super().get_num_new_matched_tokens(
+            request, num_computed_tokens
+        )
+        return answer
+
+    @guarded(nothing)
+    def _begin_lookup(self, request: Any, num_computed_tokens: int) -> None:
+        if request.skip_reading_prefix_cache:
+            return
+        scheduler = self.connector_scheduler
+        status = scheduler._req_status.get(request.request_id)  # noqa: SLF001 (the chain of keys)
+        if status is None or status.transfer_jobs:
+            return
+        status.update_offload_keys()
+        runs = [
+            Run(
+                group=group.group_idx,
+                keys=state.offload_keys[num_computed_tokens // group.tokens_per_chunk :],
+                is_prefix=group.sliding_window_size_in_chunks is None,
+            )
+            for group, state in zip(
+                scheduler.config.kv_group_configs, status.group_states, strict=True
+            )
+        ]
+        self.lookups.begin(request.request_id, runs)
+
+    def build_connector_meta(self, scheduler_output: Any) -> Any:
+        meta = super().build_connector_meta(scheduler_output)
+        self._note_jobs(meta, scheduler_output)
+        return KVRayConnectorMetadata(
+            load_jobs=meta.load_jobs,
+            store_jobs=meta.store_jobs,
+            jobs_to_flush=meta.jobs_to_flush,
+            void_before=self._ledger.void_before,
+        )
+
+    @guarded(nothing)
+    def _note_jobs(self, meta: Any, scheduler_output: Any) -> None:
+        """The only place where a job's id and its reservation meet."""
+        for job_id, job in meta.store_jobs.items():
+            if isinstance(job.dst_spec, SlotSpec):
+                self._ledger.begin(job_id, JobKind.STORE, job.dst_spec)
+        for job_id, job in meta.load_jobs.items():
+            view = self.lookups.view_of(job.req_id)
+            if view is not None:
+                self._ledger.begin(job_id, JobKind.LOAD, (job.req_id, view))
+        self.lookups.scheduled(scheduler_output.num_scheduled_tokens)
+
+    def has_pending_push_work(self) -> bool:
+        # Jobs that a reset made stale are forgotten by vLLM, not by us: their slots come back
+        # only when every rank has reported them.
+        return bool(super().has_pending_push_work()) or len(self._ledger) > 0
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        finished = self._take_reports(connector_output)
+        super().update_connector_output(connector_output)
+        self._settle(finished)
+
+    @guarded(lambda *_: [])
+    def _take_reports(self, connector_output: Any) -> list[Finished[Subject]]:
+        meta = connector_output.kv_connector_worker_meta
+        if not isinstance(meta, KVRayWorkerMetadata):
+            return []
+        return self._ledger.report(meta.completed_jobs, meta.failed_jobs)
+
+    @guarded(nothing)
+    def _settle(self, finished: list[Finished[Subject]]) -> None:
+        for job in finished:
+            good = job.outcome is Outcome.GOOD
+            if isinstance(job.subject, SlotSpec):
+                self.lookups.store_ended(job.subject, good=good)
+            else:
+                req_id, view = job.subject
+                self.lookups.load_ended(req_id, view, failed=not good)
+
+    def pending(self) -> int:
+        """Loads and stores that some rank has not reported yet."""
+        return len(self._ledger)
+
+    def stats(self) -> dict[str, Any]:
+        """For people and for Attachment.stats(): plain data."""
+        client, lookups = self._client, self.lookups
+        session = client.session if client is not None else None
+        return {
+            "engine_pid": os.getpid(),
+            "namespace": lookups.namespace.hex(),
+            "fields": dict(lookups.fields),
+            "node_id": session.node_id if session is not None else None,
+            "connected": session is not None,
+            "uncached": self._uncached or self.faulted or lookups.faulted,
+            "slot_bytes": dict(lookups.slot_bytes or {}),
+            "pending": self.pending(),
+            "counters": {**lookups.counters, **(client.counters if client is not None else {})},
+        }
+
+    def get_kv_connector_stats(self) -> Any:
+        # vLLM's loggers assert that an engine with connector statistics had a connector from its
+        # construction; an attached one reports through stats() instead.
+        return None if self._attached else super().get_kv_connector_stats()
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        super().bind_gpu_block_pool(gpu_block_pool)
+        self._block_pool = gpu_block_pool
+
+    def device_cache_is_empty(self) -> bool:
+        """Whether the device keeps no block for reuse, so none of older weights either."""
+        return self._block_pool is None or versions.caches_nothing(self._block_pool)
+
+    def untaint(self) -> None:
+        """The device's own prefix cache was emptied: what is computed now may be stored."""
+        self.lookups.tainted = False
+
+    def reset_cache(self) -> bool | None:
+        self.renew(tainted=not self.device_cache_is_empty())
+        answer: bool | None = super().reset_cache()
+        return answer
+
+    @guarded(nothing)
+    def renew(self, nonce: str | None = None, *, tainted: bool) -> None:
+        """Before the weights change, and when vLLM resets the cache. Blocks of this engine get
+        new names, what is under way is void, other engines keep theirs."""
+        self._ledger.renew()
+        self.lookups.renew(nonce, tainted=tainted)
+
+    # ---- in each worker
+
+    @property
+    def transfers(self) -> Transfers:
+        worker = self.connector_worker.worker
+        assert isinstance(worker, Transfers)
+        return worker
+
+    def get_handshake_metadata(self) -> RankHandshake | None:
+        return self.transfers.handshake() if self.connector_worker is not None else None
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        meta = self._connector_metadata
+        if isinstance(meta, KVRayConnectorMetadata):
+            self.transfers.begin_step(
+                void_before=meta.void_before,
+                computes=forward_context.attn_metadata is not None,
+            )
+        super().start_load_kv(forward_context, **kwargs)
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """0.32: a failed load is named by its request."""
+        sent, received = self.get_finished(finished_req_ids)
+        return versions.transfer_results(
+            set(sent or ()), set(received or ()), self._take_failed_requests()
+        )
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
+        # vLLM forgets a load's request when it ends, so remember it here.
+        self._loading = dict(self.connector_worker._load_jobs)  # noqa: SLF001
+        answer: tuple[set[str], set[str]] = super().get_finished(finished_req_ids)
+        return answer
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self._client is not None:
+            self._client.close(CLOSE_DEADLINE_S)
+
+    def _take_failed_requests(self) -> set[str]:
+        failed = self.transfers.failed_since_report
+        return {self._loading[job_id] for job_id in failed if job_id in self._loading}
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """0.29: a failed load is named by its target blocks; 0.32 is told by request."""
+        if versions.reports_failed_requests() or self.connector_worker is None:
+            return set()
+        return self.transfers.take_failed_blocks()
+
+    def build_connector_worker_meta(self) -> Any:
+        meta = super().build_connector_worker_meta()
+        if meta is None or self.connector_worker is None:
+            return meta
+        return KVRayWorkerMetadata.wrap(meta, self.transfers.take_failed_jobs())
+

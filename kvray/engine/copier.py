@@ -1,0 +1,337 @@
+"""From a job of vLLM to bytes that move: arrays of (source, target, bytes), and who executes them.
+
+    block ids, slots ──build_transfers──▶ three arrays ──Executor──▶ CopyEnd
+
+build_transfers knows the layout of a slot and nothing of how copies are done; an Executor knows
+pointers only. CpuExecutor moves them with threads. A CUDA one takes the same three arrays (they are
+what cuMemcpyBatchAsync wants), and has its own file.
+
+A rank's part of a slot, with its layers in the order of its cache group:
+
+    slot + rank * part_bytes
+    ├── layer 0: block 0 │ block 1 │ ...   blocks_per_chunk pages
+    ├── layer 1: block 0 │ block 1 │ ...
+    └── ...
+"""
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvray.engine.raw_copy import Pointers, copy_pieces
+
+logger = logging.getLogger("kvray.engine")
+
+CPU_THREADS = 2  # one moves about two thirds of what two move; more would be the engine's cores
+MIN_SPLIT_BYTES = 4 * 1024**2  # 0.3 ms of copying; waking the second thread takes 0.05 ms
+MAX_PART_BYTES = 64 * 1024**2  # so that a load waits at most 6 ms behind a part of a store
+CLOSE_LIMIT_S = 30.0  # what is queued is copied first; 30 s are 300 GB
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPages:
+    """Where one layer of a cache group keeps its blocks: block i at address + i * stride."""
+
+    address: int
+    block_stride_bytes: int
+    page_bytes: int  # what a block has in it; without padding
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPages:
+    """One cache group on this rank. pages: its layers, in the order they have in a slot."""
+
+    pages: tuple[TensorPages, ...]
+    blocks_per_chunk: int
+
+    @property
+    def part_bytes(self) -> int:
+        """What this rank has of one chunk."""
+        return sum(page.page_bytes for page in self.pages) * self.blocks_per_chunk
+
+    def chunk_count(self, block_index: int, block_count: int) -> int:
+        """How many chunks, and so slots, these blocks of a request touch, block_index being the
+        first.
+        """
+        return -(-(block_index % self.blocks_per_chunk + block_count) // self.blocks_per_chunk)
+
+
+def build_transfers(
+    groups: Sequence[GroupPages],
+    *,
+    block_ids: npt.NDArray[Any],
+    group_sizes: Sequence[int],
+    block_indices: Sequence[int],
+    slot_pointers: Pointers,
+    rank: int = 0,
+) -> tuple[Pointers, Pointers, Pointers]:
+    """(device pointers, slab pointers, bytes) of a job, a row for each layer of each block.
+
+    block_ids, group_sizes, block_indices: as in vLLM's GPULoadStoreSpec; the first block of a
+    group may lie inside its first chunk. slot_pointers: for each chunk of each group, in that
+    order, the address of its slot; or, with rank=0, of this rank's part of it.
+    """
+    assert len(groups) == len(group_sizes) == len(block_indices)
+    assert sum(group_sizes) == len(block_ids)
+    parts = []
+    first_block = first_slot = 0
+    for group, block_count, block_index in zip(groups, group_sizes, block_indices, strict=True):
+        if not block_count:
+            continue
+        slot_count = group.chunk_count(block_index, block_count)
+        slots = slot_pointers[first_slot : first_slot + slot_count]
+        blocks = block_ids[first_block : first_block + block_count].astype(np.uint64)
+        parts.append(
+            _group_transfers(
+                group,
+                blocks,
+                skipped_blocks=block_index % group.blocks_per_chunk,
+                part_pointers=slots.astype(np.uint64) + np.uint64(rank * group.part_bytes),
+            )
+        )
+        first_block += block_count
+        first_slot += slot_count
+    assert first_slot == len(slot_pointers), f"{first_slot} slots of {len(slot_pointers)} used"
+    if not parts:
+        nothing = np.empty(0, dtype=np.uint64)
+        return nothing, nothing, nothing
+    device, slab, piece_bytes = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    return device, slab, piece_bytes
+
+
+def _group_transfers(
+    group: GroupPages, block_ids: Pointers, *, skipped_blocks: int, part_pointers: Pointers
+) -> tuple[Pointers, Pointers, Pointers]:
+    """Rows are blocks, columns are layers: so neighbours are the layers of one block, which lie at
+    equal steps where vLLM keeps all layers in one storage.
+    """
+    addresses = np.array([page.address for page in group.pages], dtype=np.uint64)
+    strides = np.array([page.block_stride_bytes for page in group.pages], dtype=np.uint64)
+    page_bytes = np.array([page.page_bytes for page in group.pages], dtype=np.uint64)
+    layer_bytes = page_bytes * np.uint64(group.blocks_per_chunk)
+    layer_offsets = np.cumsum(layer_bytes) - layer_bytes
+    chunks, places = np.divmod(
+        np.arange(skipped_blocks, skipped_blocks + len(block_ids)), group.blocks_per_chunk
+    )
+    device = addresses + block_ids[:, None] * strides
+    slab = (
+        part_pointers[chunks][:, None]
+        + layer_offsets
+        + places.astype(np.uint64)[:, None] * page_bytes
+    )
+    return device.ravel(), slab.ravel(), np.tile(page_bytes, len(block_ids))
+
+
+class CopyEnd(NamedTuple):
+    """A job that has ended. seconds: from its first byte to its last, without waiting in line."""
+
+    job_id: int
+    ok: bool
+    bytes: int
+    seconds: float
+
+
+class Executor(Protocol):
+    """Who moves the bytes. Called on the worker's own thread; raises nothing that a copy does.
+
+    Each submitted job is reported by finished() exactly once. verify runs after the last byte has
+    arrived and before the job is reported; if it returns False or raises, the job is not ok.
+    keep_alive is held until then: what the pointers point into.
+    """
+
+    def submit(
+        self,
+        job_id: int,
+        sources: Pointers,
+        targets: Pointers,
+        piece_bytes: Pointers,
+        *,
+        verify: Callable[[], bool] | None = None,
+        keep_alive: object = None,
+        urgent: bool = False,
+    ) -> None:
+        """Start copying; returns before it is done. urgent: before all that is not (a request
+        waits for a load, nobody waits for a store).
+        """
+
+    def finished(self) -> list[CopyEnd]:
+        """Jobs that have ended since the last call. Does not wait."""
+
+    def wait(self, job_ids: Iterable[int]) -> None:
+        """Returns when none of these is under way any more. They are still reported."""
+
+    def wait_any(self, timeout_s: float) -> bool:
+        """Waits for a job to end that finished() has not told yet; whether there is one."""
+
+    def close(self) -> None:
+        """Returns when everything that was submitted has ended; later jobs end as not ok."""
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    job_id: int
+    verify: Callable[[], bool] | None
+    keep_alive: object
+    bytes: int
+    parts_left: int
+    ok: bool = True
+    started_s: float | None = None
+
+
+class _Part(NamedTuple):
+    job: _Job
+    sources: Pointers
+    targets: Pointers
+    piece_bytes: Pointers
+
+    def copy(self) -> bool:
+        copy_pieces(self.sources, self.targets, self.piece_bytes)
+        return True
+
+
+class CpuExecutor:
+    """An Executor of threads. A large job is divided among them; jobs of equal urgency begin in
+    the order of their submission.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        """threads: CPU_THREADS if None, or one where this process may use one core only."""
+        self._thread_count = threads or min(CPU_THREADS, len(os.sched_getaffinity(0)))
+        self._changed = threading.Condition()  # guards everything below
+        self._urgent: deque[_Part] = deque()
+        self._patient: deque[_Part] = deque()
+        self._under_way: dict[int, _Job] = {}
+        self._ended: list[CopyEnd] = []
+        self._closing = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"kvray-copier-{index}", daemon=True)
+            for index in range(self._thread_count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(
+        self,
+        job_id: int,
+        sources: Pointers,
+        targets: Pointers,
+        piece_bytes: Pointers,
+        *,
+        verify: Callable[[], bool] | None = None,
+        keep_alive: object = None,
+        urgent: bool = False,
+    ) -> None:
+        assert len(sources) == len(targets) == len(piece_bytes)
+        cuts = _cuts(piece_bytes, thread_count=self._thread_count)
+        job = _Job(
+            job_id=job_id,
+            verify=verify,
+            keep_alive=keep_alive,
+            bytes=int(piece_bytes.sum()),
+            parts_left=len(cuts) - 1,
+        )
+        parts = [
+            _Part(job, sources[begin:end], targets[begin:end], piece_bytes[begin:end])
+            for begin, end in pairwise(cuts)
+        ]
+        with self._changed:
+            assert job_id not in self._under_way, f"job {job_id} is under way already"
+            if self._closing:
+                self._ended.append(CopyEnd(job_id, ok=False, bytes=0, seconds=0.0))
+                return
+            self._under_way[job_id] = job
+            (self._urgent if urgent else self._patient).extend(parts)
+            self._changed.notify_all()
+
+    def finished(self) -> list[CopyEnd]:
+        with self._changed:
+            ended, self._ended = self._ended, []
+        return ended
+
+    def wait(self, job_ids: Iterable[int]) -> None:
+        waited_for = set(job_ids)
+        with self._changed:
+            self._changed.wait_for(lambda: self._under_way.keys().isdisjoint(waited_for))
+
+    def wait_any(self, timeout_s: float) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or not self._under_way, timeout_s)
+            return bool(self._ended)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        deadline_s = time.monotonic() + CLOSE_LIMIT_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline_s - time.monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            logger.warning("copies were still under way %.0f s after close", CLOSE_LIMIT_S)
+
+    def _work(self) -> None:
+        while (part := self._next_part()) is not None:
+            self._end_part(part.job, ok=_succeeds(part.copy, part.job.job_id))
+
+    def _next_part(self) -> _Part | None:
+        """Waits for one; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._urgent or self._patient or self._closing)
+            parts = self._urgent or self._patient
+            if not parts:
+                return None
+            part = parts.popleft()
+            if part.job.started_s is None:
+                part.job.started_s = time.perf_counter()
+            return part
+
+    def _end_part(self, job: _Job, *, ok: bool) -> None:
+        with self._changed:
+            job.ok = job.ok and ok
+            job.parts_left -= 1
+            if job.parts_left:
+                return
+        assert job.started_s is not None
+        seconds = time.perf_counter() - job.started_s
+        # The other parts' threads have let go of the lock after their copies: verify sees them all.
+        if job.ok and job.verify is not None:
+            job.ok = _succeeds(job.verify, job.job_id)
+        end = CopyEnd(job.job_id, job.ok, job.bytes if job.ok else 0, seconds)
+        with self._changed:
+            del self._under_way[job.job_id]
+            self._ended.append(end)
+            self._changed.notify_all()
+
+
+def _cuts(piece_bytes: Pointers, *, thread_count: int) -> list[int]:
+    """Where to divide a job: piece indices, first and last included; parts of about equal bytes."""
+    count = len(piece_bytes)
+    ends = np.cumsum(piece_bytes)
+    total_bytes = int(ends[-1]) if count else 0
+    part_count = -(-total_bytes // MAX_PART_BYTES)
+    if total_bytes >= MIN_SPLIT_BYTES:
+        part_count = max(part_count, thread_count)
+    if part_count <= 1:
+        return [0, count]
+    wanted_ends = np.arange(1, part_count) * (total_bytes // part_count)
+    inner = np.searchsorted(ends, wanted_ends.astype(np.uint64)) + 1
+    return [0, *np.unique(inner[inner < count]).tolist(), count]
+
+
+def _succeeds(action: Callable[[], bool], job_id: int) -> bool:
+    """Whether it returns True. A copier thread outlives every job, and a job that failed is a
+    value for its engine: the block is computed again.
+    """
+    try:
+        return action()
+    except Exception:
+        logger.exception("copy job %d failed", job_id)
+        return False

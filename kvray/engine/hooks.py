@@ -1,0 +1,92 @@
+"""Hooks in EngineCore for what vLLM does not tell its connector: that the weights change.
+
+update_weights and reload_weights are plain collective_rpc calls, sleep drops or moves the weights,
+and an operator's own worker extension has names of its own. So EngineCore's two doors are wrapped,
+by class and once per process, and every call whose name speaks of weights renews the namespace
+*before* it runs: new weights never meet old KV, and a false alarm costs misses only.
+"""
+
+import functools
+import logging
+from typing import Any
+
+logger = logging.getLogger("kvray.engine")
+
+# Calls that can change weights though their names do not say so, and that only read them.
+CHANGING = frozenset({"apply_model", "load_model", "sleep", "checkpoint_restore"})
+READING = frozenset({"compute_weight_checksums", "get_weight_version", "get_weights_info"})
+
+
+def changes_weights(method: Any) -> bool:
+    """Whether a collective_rpc of this name, or of this function, may change the weights."""
+    name = method if isinstance(method, str) else getattr(method, "__name__", "")
+    return name not in READING and ("weight" in name.lower() or name in CHANGING)
+
+
+def install() -> None:
+    """Wrap EngineCore's doors in this process; a second call does nothing."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.core import EngineCore
+
+    if getattr(EngineCore, "_kvray_hooked", False):
+        return
+    EngineCore._kvray_hooked = True  # noqa: SLF001 (our own mark)
+    _wrap_collective_rpc(EngineCore)
+    _wrap_sleep(EngineCore)
+    _wrap_reset(Scheduler)
+
+
+def weight_changes(engine_core: Any) -> int:
+    """How often this engine's weights may have changed since its start: what an attach that
+    comes later must know."""
+    return int(getattr(engine_core, "_kvray_weight_changes", 0))
+
+
+def _before_change(engine_core: Any) -> None:
+    from kvray.engine.connector import KVRayConnector
+
+    engine_core._kvray_weight_changes = weight_changes(engine_core) + 1  # noqa: SLF001
+    connector = engine_core.scheduler.connector
+    if isinstance(connector, KVRayConnector):
+        connector.renew(tainted=not connector.device_cache_is_empty())
+
+
+def _wrap_collective_rpc(engine_core_class: Any) -> None:
+    original = engine_core_class.collective_rpc
+
+    @functools.wraps(original)
+    def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        if changes_weights(method):
+            _before_change(self)
+        return original(self, method, *args, **kwargs)
+
+    engine_core_class.collective_rpc = collective_rpc
+
+
+def _wrap_sleep(engine_core_class: Any) -> None:
+    original = engine_core_class.sleep
+
+    @functools.wraps(original)
+    def sleep(self: Any, level: int = 1, *args: Any, **kwargs: Any) -> Any:
+        if level >= 1:  # level 0 pauses the scheduler only
+            _before_change(self)
+        return original(self, level, *args, **kwargs)
+
+    engine_core_class.sleep = sleep
+
+
+def _wrap_reset(scheduler_class: Any) -> None:
+    """After a reset that succeeded the device caches nothing of the old weights any more."""
+    original = scheduler_class.reset_prefix_cache
+
+    @functools.wraps(original)
+    def reset_prefix_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from kvray.engine.connector import KVRayConnector
+
+        answer = original(self, *args, **kwargs)
+        connector = self.connector
+        if isinstance(connector, KVRayConnector) and connector.device_cache_is_empty():
+            connector.untaint()
+        return answer
+
+    scheduler_class.reset_prefix_cache = reset_prefix_cache

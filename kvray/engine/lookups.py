@@ -1,0 +1,365 @@
+"""In EngineCore: what is cached, and where to store what is not. An OffloadingManager of vLLM.
+
+vLLM asks key by key and step by step; kvray asks its NodeStore once per request, for the whole
+chain of keys, and answers every later question from memory:
+
+    begin ──▶ ticket open ──all keys HIT or MISS, or the deadline──▶ vLLM loads the hits
+                 │                                                        │
+                 └──finished, preempted, renewed──▶ unpin ◀──copy ended───┘
+
+A request has one deadline for everything that kvray does for it. After it, after one failed load
+and after a change of weights, its answers are misses until it ends or is preempted.
+"""
+
+import logging
+import secrets
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from vllm.v1.kv_offload.base import (
+    LoadStoreSpec,
+    LookupResult,
+    OffloadingManager,
+    OffloadKey,
+    PrepareStoreOutput,
+    ReqContext,
+    RequestOffloadingContext,
+    ScheduleEndContext,
+    get_offload_group_idx,
+)
+
+from kvray.config import EngineConfig
+from kvray.core.ids import BlockKey, Namespace
+from kvray.core.keys import block_keys
+from kvray.core.messages import Grant, KeyState
+from kvray.engine import versions
+from kvray.engine.guard import guarded, nothing
+from kvray.engine.jobs import SlotSpec
+from kvray.engine.namespace import digest, renewed
+from kvray.node.client import NodeClient, Ticket
+
+logger = logging.getLogger("kvray.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Keys of one cache group of one request, from the device's own hit on.
+
+    is_prefix: full attention, where only the keys before the first miss are worth anything; in a
+    sliding-window group each key counts by itself.
+    """
+
+    group: int
+    keys: Sequence[OffloadKey]
+    is_prefix: bool
+
+
+class Access(Enum):
+    """What a request may still do with kvray.
+
+    OPEN ──deadline, failed load──▶ MISSING ──preempted──▶ OPEN
+      └────── weights change, no safe key ──▶ BARRED (for the rest of its life)
+    """
+
+    OPEN = "open"  # looks up and stores
+    MISSING = "missing"  # every look-up is a miss; stores
+    BARRED = "barred"  # neither looks up nor stores
+
+
+@dataclass(slots=True)
+class RequestView:
+    """What kvray knows of one request. salt: 16 bytes of a LoRA adapter's content, or nothing."""
+
+    access: Access = Access.OPEN
+    salt: bytes = b""
+    ticket: Ticket | None = None
+    index: dict[OffloadKey, int] = field(default_factory=dict)
+    deadline_s: float = 0.0
+    loading: bool = False
+    finished: bool = False
+
+
+class Lookups(OffloadingManager):
+    """One per engine. Called on the scheduler's thread only.
+
+    slot_bytes: per cache group (vLLM's index) the bytes of one chunk over all ranks; None until
+    every rank has said hello, and while it is None kvray is a miss.
+    """
+
+    def __init__(self, *, config: EngineConfig, tokens_per_chunk: Mapping[int, int]) -> None:
+        self.faulted: str | None = None
+        self._config = config
+        self._tokens_per_chunk = dict(tokens_per_chunk)
+        self.slot_bytes: dict[int, int] | None = None
+        self.tainted = False  # device blocks of old weights may still be cached: store nothing
+        self.draining = False
+        self._requests: dict[str, RequestView] = {}
+        self._with_ticket: dict[str, RequestView] = {}
+        self.counters: dict[str, int] = dict.fromkeys(
+            (
+                "hit_tokens_local",
+                "hit_tokens_peer",
+                "loaded_bytes",
+                "stored_chunks",
+                "stored_bytes",
+                "dropped_chunks",
+                "failed_loads",
+                "failed_stores",
+                "lookups",
+                "expired_lookups",
+                "longest_wait_ms",
+            ),
+            0,
+        )
+
+    def open(self, client: NodeClient, fields: Mapping[str, Any]) -> None:
+        """The connector's part of the construction, since vLLM makes this object by itself.
+        fields: see namespace.gather_fields."""
+        self._client = client
+        self._fields = dict(fields)
+        self.namespace = Namespace(digest(self._fields))
+
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """What the namespace is the digest of."""
+        return self._fields
+
+    # ---- a request arrives
+
+    @guarded(lambda *_: RequestOffloadingContext())
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        self._requests[req_context.req_id] = RequestView()
+        return RequestOffloadingContext()
+
+    def describe(self, req_id: str, *, salt: bytes, shareable: bool) -> None:
+        """salt joins the adapter's content to each key. Not shareable: its hashes do not cover
+        all that made its KV, so it goes without kvray."""
+        view = self._requests.get(req_id)
+        if view is not None:
+            view.salt = salt
+            if not shareable:
+                view.access = Access.BARRED
+
+    def begin(self, req_id: str, runs: Sequence[Run]) -> None:
+        """Ask for all keys of a request at once; idempotent until its ticket ends."""
+        view = self._requests.get(req_id)
+        if (
+            view is None
+            or view.ticket is not None
+            or view.access is not Access.OPEN
+            or self.slot_bytes is None
+            or self.draining
+        ):
+            return
+        runs = [run for run in runs if run.keys]
+        if not runs:
+            return
+        offload_keys = [key for run in runs for key in run.keys]
+        self.counters["lookups"] += 1
+        ticket = self._client.lookup(
+            block_keys(self.namespace, offload_keys, view.salt),
+            run_lengths=[len(run.keys) for run in runs],
+            run_is_prefix=[run.is_prefix for run in runs],
+            run_slot_bytes=[self.slot_bytes[run.group] for run in runs],
+            deadline_ms=self._config.lookup_deadline_ms,
+        )
+        if ticket is None:
+            view.access = Access.MISSING
+            return
+        view.ticket = ticket
+        view.index = {key: i for i, key in enumerate(offload_keys)}
+        view.deadline_s = time.monotonic() + self._config.lookup_deadline_ms / 1_000
+        self._with_ticket[req_id] = view
+
+    @guarded(lambda *_: LookupResult.MISS)
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        view = self._requests.get(req_context.req_id)
+        if view is None or view.ticket is None or (i := view.index.get(key)) is None:
+            return LookupResult.MISS
+        state = view.ticket.states[i]
+        if state == KeyState.HIT:
+            return LookupResult.HIT
+        if state == KeyState.MISS or view.access is not Access.OPEN:
+            return LookupResult.MISS
+        waited_s = self._config.lookup_deadline_ms / 1_000 - (view.deadline_s - time.monotonic())
+        self.counters["longest_wait_ms"] = max(
+            self.counters["longest_wait_ms"], int(waited_s * 1_000)
+        )
+        if time.monotonic() < view.deadline_s:
+            return LookupResult.RETRY
+        # Whatever has arrived by now counts; the rest of this request is computed.
+        view.access = Access.MISSING
+        self.counters["expired_lookups"] += 1
+        return LookupResult.MISS
+
+    # ---- load
+
+    @guarded(lambda *_: SlotSpec.void())
+    def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> LoadStoreSpec:
+        view = self._requests[req_context.req_id]
+        ticket, slot_bytes = view.ticket, self.slot_bytes
+        session = self._client.session
+        view.loading = True
+        if ticket is None or slot_bytes is None or session is None:
+            return SlotSpec.void()
+        block_key_list: list[BlockKey] = []
+        places: list[tuple[int, int, int]] = []
+        sizes: list[int] = []
+        for key in keys:
+            index = view.index[key]
+            place = ticket.place(index)
+            if place is None:
+                return SlotSpec.void()
+            group = get_offload_group_idx(key)
+            block_key_list.append(ticket.keys[index])
+            places.append(place)
+            sizes.append(slot_bytes[group])
+            source = "hit_tokens_peer" if ticket.from_peer(index) else "hit_tokens_local"
+            if group == min(slot_bytes):  # tokens once, not once a group
+                self.counters[source] += self._tokens_per_chunk[group]
+        self.counters["loaded_bytes"] += sum(sizes)
+        return SlotSpec.of(ticket.slab_id, block_key_list, places, sizes)
+
+    def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> Any:
+        """0.32 only: where a hit came from, for vLLM's own statistics."""
+        view = self._requests.get(req_context.req_id)
+        from_peer = (
+            view is not None
+            and view.ticket is not None
+            and (i := view.index.get(key)) is not None
+            and view.ticket.from_peer(i)
+        )
+        return versions.hit_source(from_peer=from_peer)
+
+    def load_ended(self, req_id: str, view: RequestView, *, failed: bool) -> None:
+        """Every rank has reported the load; its slots are no longer read."""
+        view.loading = False
+        if failed:
+            self.counters["failed_loads"] += 1
+            if view.access is Access.OPEN:
+                view.access = Access.MISSING
+        self._release(req_id, view)
+        if view.finished and self._requests.get(req_id) is view:
+            del self._requests[req_id]
+
+    def view_of(self, req_id: str) -> RequestView | None:
+        return self._requests.get(req_id)
+
+    # ---- store
+
+    @guarded(lambda *_: PrepareStoreOutput([], SlotSpec.void(), []))
+    def prepare_store(
+        self, keys: Collection[OffloadKey], req_context: ReqContext
+    ) -> PrepareStoreOutput | None:
+        """Reserve slots for chunks that this step computes. What can not be had at once is
+        dropped and counted: a store never waits and is never asked for again."""
+        nothing_to_store = PrepareStoreOutput([], SlotSpec.void(), [])
+        view = self._requests.get(req_context.req_id)
+        slot_bytes = self.slot_bytes
+        if (
+            view is None
+            or view.access is Access.BARRED
+            or slot_bytes is None
+            or self.tainted
+            or self.draining
+            or not keys
+            or self._client.session is None
+        ):
+            return nothing_to_store
+        offload_keys = list(keys)
+        sizes = [slot_bytes[get_offload_group_idx(key)] for key in offload_keys]
+        names = block_keys(self.namespace, offload_keys, view.salt)
+        reservation = self._client.reserve(names, run_lengths=_runs(sizes), run_slot_bytes=_firsts(sizes))
+        if reservation is None:
+            self.counters["dropped_chunks"] += len(offload_keys)
+            return nothing_to_store
+        granted = [i for i, grant in enumerate(reservation.grants) if grant == Grant.GRANTED]
+        self.counters["dropped_chunks"] += sum(
+            grant == Grant.FULL for grant in reservation.grants
+        )
+        if not granted:
+            return nothing_to_store
+        spec = SlotSpec.of(
+            reservation.slab_id,
+            [names[i] for i in granted],
+            [reservation.places[i] for i in granted],
+            [sizes[i] for i in granted],
+        )
+        return PrepareStoreOutput([offload_keys[i] for i in granted], spec, [])
+
+    def store_ended(self, spec: SlotSpec, *, good: bool) -> None:
+        """Every rank has reported the store. Only now may a slot be given away (rule 3)."""
+        if good:
+            self.counters["stored_chunks"] += len(spec)
+            self.counters["stored_bytes"] += int(spec.slot_bytes.sum())
+            self._client.commit(spec.slab_id, spec.places())
+        else:
+            self.counters["failed_stores"] += 1
+            self._client.abandon(spec.slab_id, spec.places())
+
+    # ---- the end of a step, of a request, of the weights
+
+    def scheduled(self, req_ids: Iterable[str]) -> None:
+        """These requests compute in this step, so what was pinned for a load that did not come
+        about is let go."""
+        if self._with_ticket:
+            for req_id in req_ids:
+                view = self._with_ticket.get(req_id)
+                if view is not None and not view.loading:
+                    self._release(req_id, view)
+
+    @guarded(nothing)
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        for req_id in context.preempted_req_ids:
+            view = self._requests.get(req_id)
+            if view is not None and view.access is Access.MISSING:
+                view.access = Access.OPEN
+        self._client.begin_step()
+
+    @guarded(nothing)
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        view = self._requests.get(req_context.req_id)
+        if view is None:
+            return
+        view.finished = True
+        if not view.loading:
+            self._release(req_context.req_id, view)
+            del self._requests[req_context.req_id]
+
+    def renew(self, nonce: str | None = None, *, tainted: bool) -> None:
+        """The weights are about to change: from here on this engine's blocks have other names.
+
+        nonce: an operator's name for the new weights, so that engines that got the same ones
+        share; random without. Requests alive at it store nothing more and hit nothing more,
+        since their KV is made of both. tainted: the device still caches blocks of the old
+        weights, which a new request would take for the new ones.
+        """
+        self._fields = renewed(self._fields, nonce or secrets.token_hex(16))
+        self.namespace = Namespace(digest(self._fields))
+        self.tainted = tainted
+        for req_id, view in self._requests.items():
+            view.access = Access.BARRED
+            if not view.loading:
+                self._release(req_id, view)
+        logger.info("kvray: weights change, namespace is %s from now on", self.namespace.hex())
+
+    def _release(self, req_id: str, view: RequestView) -> None:
+        if view.ticket is not None:
+            self._client.unpin(view.ticket)
+            view.ticket = None
+            view.index = {}
+        self._with_ticket.pop(req_id, None)
+
+
+def _firsts(sizes: Sequence[int]) -> list[int]:
+    """The values of the runs of equal sizes."""
+    return [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] != size]
+
+
+def _runs(sizes: Sequence[int]) -> list[int]:
+    """The lengths of the runs of equal sizes."""
+    starts = [i for i in range(len(sizes)) if i == 0 or sizes[i - 1] != sizes[i]]
+    return [stop - start for start, stop in zip(starts, [*starts[1:], len(sizes)], strict=True)]

@@ -1,0 +1,63 @@
+"""The OffloadingSpec that joins kvray's two halves to vLLM's connector.
+
+vLLM makes it by name, with its own OffloadingConfig, once in EngineCore and once in each worker.
+"""
+
+import hashlib
+import os
+
+from vllm.v1.kv_offload.base import CanonicalKVCaches, OffloadingManager, OffloadingSpec
+
+from kvray.config import EngineConfig, find_sockets
+from kvray.engine.discovery import socket_finder
+from kvray.engine.lookups import Lookups
+from kvray.engine.transfers import Transfers, group_pages
+from kvray.node.client import Session, WorkerClient
+
+
+FIRST_SESSION_S = 2.0  # a hello takes ms, filling the page tables of 1 GiB about 0.1 s
+
+
+def fill_page_tables(session: Session) -> None:
+    """Else the first copies take a page fault per 4 KiB: 30 ms for 100 MB. Runs on the client's
+    own thread, before the session is used."""
+    if session.slab is not None:
+        session.slab.populate()
+
+
+def engine_nonce(engine_id: str) -> int:
+    """64 bits that EngineCore and its workers derive alike, without asking each other."""
+    return int.from_bytes(hashlib.blake2b(engine_id.encode(), digest_size=8).digest(), "little")
+
+
+class KVRaySpec(OffloadingSpec):  # type: ignore[misc]
+    """See vLLM's OffloadingSpec."""
+
+    def get_manager(self) -> OffloadingManager:
+        return Lookups(
+            config=EngineConfig.parse(self.extra_config.get("kvray", {})),
+            tokens_per_chunk={
+                group.group_id if hasattr(group, "group_id") else index: group.tokens_per_block
+                * self.blocks_per_chunk
+                for index, group in enumerate(self.config.groups)
+            },
+        )
+
+    def get_worker(self, kv_caches: CanonicalKVCaches) -> Transfers:
+        config = EngineConfig.parse(self.extra_config.get("kvray", {}))
+        rank = self.config.parallel.rank
+        client = WorkerClient(
+            find_socket=socket_finder(config),
+            engine_nonce=engine_nonce(self.config.engine_id),
+            label=f"{self.config.model.name} rank {rank} pid {os.getpid()}",
+            on_session=fill_page_tables,
+        )
+        client.start()
+        # So that the first job finds its slab mapped. A NodeStore that comes later is met later.
+        if find_sockets(config):
+            client.wait_session(FIRST_SESSION_S)
+        return Transfers(
+            groups=group_pages(kv_caches, blocks_per_chunk=self.blocks_per_chunk),
+            rank=rank,
+            client=client,
+        )

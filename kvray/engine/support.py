@@ -1,0 +1,101 @@
+"""Which engines kvray takes, and which settings of vLLM it needs. Refuses by name, early."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvray.config import EngineConfig
+from kvray.engine import versions
+from kvray.engine.jobs import RankHandshake
+from kvray.errors import NotAttachedError
+
+CHUNK_TOKENS = 128  # default chunk where device blocks are smaller: a slot of some MB, not of KB
+TESTED_SPECS = ("FullAttentionSpec", "SlidingWindowSpec")
+
+
+def require_supported(vllm_config: Any, kv_cache_config: Any) -> None:
+    """Raises NotAttachedError naming each feature of this engine that was not tested."""
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    found = []
+    if parallel.data_parallel_size > 1:
+        found.append(f"data parallel (data_parallel_size={parallel.data_parallel_size})")
+    if parallel.pipeline_parallel_size > 1:
+        found.append(f"pipeline parallel (pipeline_parallel_size={parallel.pipeline_parallel_size})")
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            found.append(f"context parallel ({name}={getattr(parallel, name)})")
+    if vllm_config.speculative_config is not None:
+        found.append("speculative decoding")
+    if "fp8" in str(cache.cache_dtype):
+        found.append(f"an fp8 KV cache (kv_cache_dtype={cache.cache_dtype})")
+    for group in kv_cache_config.kv_cache_groups:
+        kind = type(group.kv_cache_spec).__name__
+        if kind not in TESTED_SPECS:
+            found.append(f"cache groups of kind {kind}")
+    if found:
+        raise NotAttachedError(
+            f"kvray was not tested with {', '.join(sorted(set(found)))}, so it refuses to cache "
+            "for this engine. Run it without kvray, or without that feature"
+        )
+
+
+def engine_config(vllm_config: Any) -> EngineConfig:
+    """kvray's own settings out of kv_connector_extra_config["kvray"].
+
+    Raises ConfigError for an unknown key.
+    """
+    extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+    return EngineConfig.parse(extra.get("kvray", {}))
+
+
+def prepare_settings(vllm_config: Any, kv_cache_config: Any) -> None:
+    """Set what kvray needs where vLLM reads it later. Runs in EngineCore and in each worker, and
+    must come to the same in all of them."""
+    transfer = vllm_config.kv_transfer_config
+    config = engine_config(vllm_config)
+    transfer.kv_load_failure_policy = "recompute"
+    extra = transfer.kv_connector_extra_config
+    extra["spec_name"] = "KVRaySpec"
+    extra["spec_module_path"] = "kvray.engine.spec"
+    # The next turn of a conversation contains the answer; vLLM stores prompts only by default.
+    extra["offload_prompt_only"] = not config.store_answers
+    if "block_size" in extra or "blocks_per_chunk" in extra:
+        return
+    groups = versions.offloaded_group_ids(kv_cache_config)
+    if len(groups) > 1:
+        extra["blocks_per_chunk"] = 1  # a chunk of several blocks may have holes in a window group
+    else:
+        block_tokens = kv_cache_config.kv_cache_groups[groups[0]].kv_cache_spec.block_size
+        chunk_tokens = config.chunk_tokens or CHUNK_TOKENS
+        extra["blocks_per_chunk"] = max(1, chunk_tokens // block_tokens)
+
+
+def runs_uncached(kv_cache_config: Any) -> str | None:
+    """Why this engine is served but not cached; None if it is cached."""
+    if len(kv_cache_config.kv_cache_groups) > 1 and not versions.reports_failed_requests():
+        return (
+            f"vLLM {versions.installed_version()} can not report a failed load of a model with "
+            "several cache groups (hybrid attention); 0.32 can"
+        )
+    return None
+
+
+def mismatch(ranks: Sequence[RankHandshake], world_size: int) -> str | None:
+    """Why these ranks can not share a slot; None if they can."""
+    if len(ranks) != world_size:
+        return f"{len(ranks)} of {world_size} ranks have said hello"
+    if len({rank.host for rank in ranks}) > 1:
+        return "its ranks are on several hosts, and a slot lies on one"
+    if len({rank.part_bytes for rank in ranks}) > 1:
+        parts = {rank.rank: rank.part_bytes for rank in ranks}
+        return f"its ranks hold different amounts of a chunk: {parts}"
+    if 0 in ranks[0].part_bytes:
+        return "a chunk has no bytes on its ranks"
+    return None
+
+
+def is_shareable(request: Any) -> bool:
+    """Whether vLLM's block hashes cover all that makes this request's KV. Images and the like
+    are hashed by content only in some settings, or under ids that the caller chose; such requests
+    go without kvray, and so do prompts given as embeddings."""
+    return not request.mm_features and getattr(request, "prompt_embeds", None) is None
+

@@ -1,0 +1,121 @@
+"""How the supported releases of vLLM differ. No other module asks for a version.
+
+vLLM calls its connector interface experimental and moves it in every release, so the releases are
+named exactly, each with the NIXL that goes with it. Private names of vLLM that kvray reads are
+gathered here too: what breaks with a new release breaks in this file.
+"""
+
+from typing import Any
+
+from kvray.errors import NotAttachedError
+
+# vLLM release: the NIXL release that it was tested with here. 0.29 is what ray[llm] 2.60 pins.
+TESTED = {"0.32.0": "1.5.1", "0.29.0": "1.3.2"}
+
+
+def installed_version() -> str:
+    """vLLM's release without a local part: "0.32.0" for "0.32.0+cpu"."""
+    from vllm import __version__
+
+    return str(__version__).split("+", 1)[0]
+
+
+def require_tested(version: str) -> None:
+    """Raises NotAttachedError for a release that kvray was not tested with."""
+    if version not in TESTED:
+        names = " or ".join(f"{vllm} (with nixl {nixl})" for vllm, nixl in TESTED.items())
+        raise NotAttachedError(
+            f"kvray was tested with vLLM {names}; this process runs vLLM {version}. vLLM's "
+            "connector interface changes between releases: install one of the tested ones"
+        )
+
+
+def reports_failed_requests() -> bool:
+    """0.32 takes failed loads by request, for any layout (KVConnectorTransferResults). 0.29 takes
+    them by block only, and raises for a model with more than one cache group."""
+    import vllm.distributed.kv_transfer.kv_connector.v1.base as base
+
+    return hasattr(base, "KVConnectorTransferResults")
+
+
+def transfer_results(sent: set[str], received: set[str], failed: set[str]) -> Any:
+    """0.32's answer of a worker-side connector. Not called on 0.29."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+
+    return KVConnectorTransferResults(
+        finished_sending=sent, finished_recving=received, failed_recving=failed
+    )
+
+
+# What attach sets in vLLM's scheduler and detach sets back.
+SCHEDULER_SETTINGS = ("recompute_kv_load_failures", "defer_block_free", "requires_kv_delivery")
+
+
+def ensure_block_hasher(core: Any) -> None:
+    """Give EngineCore the hasher that it makes at its start only if prefix caching is on or a
+    connector is configured."""
+    if core.request_block_hasher is not None:
+        return
+    from vllm.utils.hashing import get_hash_fn_by_name
+    from vllm.v1.core.kv_cache_utils import (
+        get_request_block_hasher,
+        init_none_hash,
+        resolve_kv_cache_block_sizes,
+    )
+
+    config, scheduler = core.vllm_config, core.scheduler
+    function = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
+    init_none_hash(function)
+    _, hash_block_size = resolve_kv_cache_block_sizes(scheduler.kv_cache_config, config)
+    core.request_block_hasher = get_request_block_hasher(hash_block_size, function)
+
+
+def bind_scheduler(connector: Any, scheduler: Any) -> None:
+    """What Scheduler.__init__ does with a connector, for one that comes later."""
+    if hasattr(connector, "bind_kv_cache_manager"):  # 0.32
+        connector.bind_kv_cache_manager(scheduler.kv_cache_manager)
+    else:  # 0.29
+        connector.bind_gpu_block_pool(scheduler.kv_cache_manager.block_pool)
+    if scheduler.log_stats:
+        from vllm.v1.metrics.stats import PrefixCacheStats
+
+        scheduler.connector_prefix_cache_stats = PrefixCacheStats()
+        scheduler._kv_fetch_stages = {}  # noqa: SLF001 (0.32; unused by 0.29)
+
+
+def offloaded_group_ids(kv_cache_config: Any) -> tuple[int, ...]:
+    """The cache groups that vLLM's offloading connector works on, by their index in vLLM."""
+    try:
+        from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import (
+            get_offloading_group_ids,
+        )
+    except ImportError:  # 0.29: all of them
+        return tuple(range(len(kv_cache_config.kv_cache_groups)))
+    return tuple(get_offloading_group_ids(kv_cache_config))
+
+
+def caches_nothing(block_pool: Any) -> bool:
+    """Whether a device block pool keeps no block for reuse."""
+    cached = block_pool.cached_block_hash_to_block
+    return not getattr(cached, "_cache", cached)
+
+
+def hash_seed() -> str:
+    """The seed of vLLM's block hashes in this process; PYTHONHASHSEED changes it."""
+    from vllm.v1.core.kv_cache_utils import get_none_hash_seed
+
+    return str(get_none_hash_seed())
+
+
+def lora_identity(request: Any) -> tuple[str, str] | None:
+    """(name, path) of a request's LoRA adapter. vLLM's block hash knows the name (0.29) or name
+    and path (0.32), never the content."""
+    lora = request.lora_request
+    return None if lora is None else (lora.lora_name, lora.lora_path)
+
+
+def hit_source(*, from_peer: bool) -> Any:
+    """How 0.32 labels an external hit in its own statistics. 0.29 does not ask."""
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+    return CacheHitSource.P2P if from_peer else CacheHitSource.HOST

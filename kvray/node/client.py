@@ -1,0 +1,463 @@
+"""The engine's end of the local socket: NodeClient in EngineCore, WorkerClient in each worker.
+
+    ABSENT ──hello answered──▶ CONNECTED ──no answer within the step's budget──▶ SILENT
+       ▲                        │     ◀───────────anything heard────────────────  │
+       └────connection lost─────┴─────────────────────────────────────────────────┘
+    any ──close──▶ CLOSED
+
+Who does what. The engine's thread asks (lookup, reserve): it sends and reads its answer itself, for
+as long as this step's budget lasts, and never for longer. The connector's thread connects, and
+hears whatever comes while nobody asks: updates, late answers, acks, the end. The outbox's thread
+(telling) sends what needs no answer, and knows which slots may still be written into.
+Nothing that the socket or the NodeStore does is raised to the engine: a fault is no session, no
+answer is a miss.
+Imports neither Ray nor NIXL nor vLLM nor torch.
+"""
+
+import itertools
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+from kvray.core.codec import encode, pack_keys, pack_slots
+from kvray.core.ids import (
+    BlockKey,
+    ClientId,
+    Namespace,
+    OpId,
+    Role,
+    SlabId,
+)
+from kvray.core.messages import (
+    MAX_WRITING_LISTED,
+    Ack,
+    Hello,
+    KeyState,
+    LocalAnswer,
+    Lookup,
+    LookupReply,
+    LookupUpdate,
+    Refused,
+    Reserve,
+    ReserveReply,
+)
+from kvray.errors import RemoteProtocolError
+from kvray.node import process, wire
+from kvray.node.connector import RETRY_FIRST_S, RETRY_LAST_S, Connection, Connector, Session
+from kvray.node.outbox import OUTBOX_LIMIT
+from kvray.node.telling import Teller
+from kvray.node.tickets import (
+    LookupPage,
+    Place,
+    Reservation,
+    ReservePage,
+    Ticket,
+    cut_page,
+    make_runs,
+)
+from kvray.node.worker_client import WorkerClient
+
+__all__ = ["ClientState", "NodeClient", "Reservation", "Session", "Ticket", "WorkerClient"]
+
+logger = logging.getLogger("kvray.node")
+
+BUDGET_S = 0.002  # per scheduler step; a lookup of 512 keys takes 0.1 to 0.3 ms
+MIN_BUDGET_S = 0.000_2  # with less left nothing is asked: no answer would be nobody's fault
+CLOSE_DEADLINE_S = 2.0  # the outbox is drained, Bye acknowledged, the threads joined
+JOIN_S = 1.0  # what the threads get in any case; they only have to wake up
+MAX_LABEL_CHARS = 1_024  # a model's path and more
+
+
+class ClientState(Enum):
+    """See the picture in the module's docstring."""
+
+    ABSENT = "absent"  # no NodeStore: look-ups are misses, nothing is stored
+    CONNECTED = "connected"
+    SILENT = "silent"  # an answer is overdue: not asked again until anything is heard
+    CLOSED = "closed"
+
+
+class NodeClient:
+    """One per engine. lookup, reserve and begin_step belong to the engine's thread; the others may
+    be called from any.
+
+    engine_nonce tells several engines in one process apart. namespace and label are for people;
+    namespace may be set later and is said with the next hello. on_session is called on the
+    connector's thread for each new session and must not wait for anything.
+    """
+
+    def __init__(
+        self,
+        *,
+        find_socket: Callable[[], str | None],
+        engine_nonce: int,
+        namespace: Namespace,
+        label: str,
+        role: Role = Role.ENGINE,
+        on_session: Callable[[Session], None] | None = None,
+        budget_s: float = BUDGET_S,
+        map_slab: bool = False,
+        outbox_limit: int = OUTBOX_LIMIT,
+        retry_first_s: float = RETRY_FIRST_S,
+        retry_last_s: float = RETRY_LAST_S,
+    ) -> None:
+        self.namespace = namespace
+        self.counters: Counter[str] = Counter()
+        start_ticks = process.start_ticks(os.getpid())
+        self._client_id = (
+            None if start_ticks is None else ClientId(os.getpid(), start_ticks, engine_nonce)
+        )
+        self._role = role
+        self._label = label[:MAX_LABEL_CHARS]
+        self._on_session = on_session
+        self._budget_s = self._left_s = budget_s
+        self._ops = itertools.count(1)
+        self._connection: Connection | None = None
+        self._silent = False
+        self._closed = False
+        self._lookups: dict[OpId, LookupPage] = {}  # with a key that may still be answered
+        self._reserves: dict[OpId, ReservePage] = {}  # of the call that is under way
+        self._teller = Teller(self._ops, self.counters, outbox_limit=outbox_limit)
+        self._connector = Connector(
+            name="kvray-client",
+            find_socket=find_socket,
+            hello=self._hello,
+            on_open=self._opened,
+            on_message=self._heard,
+            on_lost=self._lost,
+            map_slab=map_slab,
+            retry_first_s=retry_first_s,
+            retry_last_s=retry_last_s,
+        )
+
+    def start(self) -> None:
+        """Connect in the background, and again whenever the NodeStore was lost. Returns at once."""
+        self._connector.start()
+        self._teller.start()
+
+    @property
+    def session(self) -> Session | None:
+        """What the connected NodeStore said of itself; None while there is none."""
+        connection = self._connection
+        return None if connection is None or connection.has_ended() else connection.session
+
+    @property
+    def state(self) -> ClientState:
+        if self._closed:
+            return ClientState.CLOSED
+        if self.session is None:
+            return ClientState.ABSENT
+        return ClientState.SILENT if self._silent else ClientState.CONNECTED
+
+    @property
+    def reason(self) -> str:
+        """Why there is no session; empty if there is one. For people."""
+        return self._connector.reason
+
+    # ---- the engine's step
+
+    def begin_step(self) -> None:
+        """A new scheduler step: the whole budget is there again."""
+        self._left_s = self._budget_s
+
+    def lookup(
+        self,
+        keys: Sequence[BlockKey],
+        *,
+        run_lengths: Sequence[int],
+        run_is_prefix: Sequence[bool],
+        run_slot_bytes: Sequence[int],
+        deadline_ms: int,
+        fetch: bool = True,
+    ) -> Ticket | None:
+        """Ask for all keys of one request (see messages.Lookup). None: not asked, all misses.
+
+        A ticket that was not answered within the budget stays good: its answer is put into it when
+        it comes. A prefix that breaks in one page is not asked on in the next.
+        """
+        assert sum(run_lengths) == len(keys)
+        connection = self._connection
+        if connection is None:
+            return None
+        session = connection.session
+        ticket = Ticket(keys, session.slab_id)
+        runs = make_runs(run_lengths, run_is_prefix, run_slot_bytes)
+        start = 0
+        while start < len(ticket.keys):
+            cut = cut_page(runs, start)
+            page = LookupPage(ticket, cut, session.geometry)
+            op = OpId(next(self._ops))
+            message = Lookup(
+                op=op,
+                keys=pack_keys(ticket.keys[cut.start : cut.stop]),
+                run_lengths=[run.stop - run.start for run in cut.runs],
+                run_is_prefix=[run.is_prefix for run in cut.runs],
+                run_slot_bytes=[run.slot_bytes for run in cut.runs],
+                deadline_ms=deadline_ms,
+                fetch=fetch,
+            )
+            ticket.answered = False
+            ticket.ops.append(op)
+            self._lookups[op] = page
+            if not self._ask(connection, message, page):
+                self._lookups.pop(op, None)
+                ticket.ops.pop()
+                if not ticket.ops:
+                    return None
+                ticket.answered = True
+                break
+            start = cut.stop
+            if not page.answered:
+                page.overdue = True
+                break
+            if cut.continues is not None and cut.continues.is_prefix:
+                first = max(cut.start, cut.continues.start)
+                if KeyState.MISS in ticket.states[first : cut.stop]:
+                    start = cut.continues.stop
+                    ticket.miss(cut.stop, start)
+        ticket.miss(start)
+        self.counters["lookups"] += 1
+        return ticket
+
+    def reserve(
+        self,
+        keys: Sequence[BlockKey],
+        *,
+        run_lengths: Sequence[int],
+        run_slot_bytes: Sequence[int],
+    ) -> Reservation | None:
+        """Ask for slots to store these blocks. None: not asked, refused, or no answer within the
+        budget; then whatever the NodeStore grants all the same is undone.
+
+        Each granted place is given back with commit or abandon once no rank writes into it.
+        """
+        assert sum(run_lengths) == len(keys)
+        connection = self._connection
+        if connection is None or not keys:
+            return None
+        slab_id, geometry = connection.session.slab_id, connection.session.geometry
+        runs = make_runs(run_lengths, [False] * len(run_lengths), run_slot_bytes)
+        grants = b""
+        places: dict[int, Place] = {}
+        asked: list[OpId] = []
+        while len(grants) < len(keys):
+            cut = cut_page(runs, len(grants))
+            page = ReservePage(cut, geometry)
+            op = OpId(next(self._ops))
+            message = Reserve(
+                op=op,
+                keys=pack_keys(keys[cut.start : cut.stop]),
+                run_lengths=[run.stop - run.start for run in cut.runs],
+                run_slot_bytes=[run.slot_bytes for run in cut.runs],
+            )
+            self._reserves[op] = page
+            sent = self._ask(connection, message, page)
+            self._reserves.pop(op, None)
+            if sent:
+                asked.append(op)
+            if page.grants is None:
+                self._teller.undo(asked, slab_id, places.values())
+                return None
+            grants += page.grants
+            places |= page.places
+        self.counters["reserves"] += 1
+        return Reservation(asked[0], slab_id, grants, places)
+
+    def _ask(
+        self, connection: Connection, message: Lookup | Reserve, page: LookupPage | ReservePage
+    ) -> bool:
+        """Send a question and read until it is answered, the connection ends or the budget does.
+        False: it was not sent. If it was and page is not answered, the answer is overdue.
+        """
+        if self._silent:
+            return False
+        if self._left_s < MIN_BUDGET_S:
+            self.counters["budget_spent"] += 1
+            return False
+        begun_s = time.perf_counter()
+        end_s = begun_s + self._left_s
+        if not connection.reading.acquire(timeout=self._left_s):
+            self._left_s = 0.0
+            return False
+        try:
+            if connection.has_ended():
+                return False
+            connection.divert()
+            try:
+                wire.send(connection.sock, encode(message))
+                while not page.answered and not connection.has_ended():
+                    left_s = end_s - time.perf_counter()
+                    if left_s <= 0:
+                        self._silent = True
+                        self.counters["overdue_answers"] += 1
+                        break
+                    connection.wait_answer(left_s)
+                    connection.hear(self._heard)
+            except BlockingIOError:  # it does not even read
+                self._silent = True
+                self.counters["overdue_answers"] += 1
+                return False
+            except OSError as exc:
+                connection.end(f"the connection broke: {exc.strerror}")
+                return False
+            finally:
+                connection.restore()
+            if connection.has_ended() and isinstance(page, LookupPage):
+                page.ticket.lose()
+            return True
+        finally:
+            connection.reading.release()
+            self._left_s -= time.perf_counter() - begun_s
+
+    # ---- what needs no answer; never waits
+
+    def unpin(self, ticket: Ticket) -> None:
+        """Give a ticket back: its pins end, its WAITs are misses. Idempotent."""
+        if ticket.release():
+            for op in tuple(ticket.ops):
+                self._lookups.pop(op, None)
+                self._teller.unpin(op)
+
+    def commit(self, slab_id: SlabId, places: Sequence[Place]) -> None:
+        """Every rank has written its part of these slots. Repeated until it is acknowledged."""
+        self._teller.commit(slab_id, places)
+
+    def abandon(self, slab_id: SlabId, places: Sequence[Place]) -> None:
+        """No rank writes into these slots any more, and they are worth nothing. Repeated too."""
+        self._teller.abandon(slab_id, places)
+
+    def report(self, counters: Mapping[str, int]) -> None:
+        """Counters since the last report. Said at most once, so one may be lost."""
+        self._teller.report(counters)
+
+    # ---- the end
+
+    def drain(self, deadline_s: float) -> bool:
+        """Wait until everything that was committed, abandoned and unpinned is acknowledged;
+        whether it is at the deadline.
+        """
+        return self._teller.drain(deadline_s)
+
+    def close(self, deadline_s: float = CLOSE_DEADLINE_S) -> None:
+        """Drain, say bye and end the threads. Open tickets are lost. Idempotent."""
+        if self._closed:
+            return
+        end_s = time.monotonic() + deadline_s
+        if self.session is not None:
+            self.drain(deadline_s)
+            self._teller.bye(end_s - time.monotonic())
+        self._closed = True
+        self._connector.close(max(JOIN_S, end_s - time.monotonic()))
+        self._teller.close(JOIN_S)
+
+    # ---- on the connector's thread
+
+    def _hello(self, last: Session | None) -> Hello | str:
+        if self._client_id is None:
+            return "the start time of this process can not be read"
+        rows = [] if last is None else self._teller.still_written(last.slab_id)
+        if len(rows) > MAX_WRITING_LISTED:
+            return f"{len(rows)} slots are being written, more than a hello can list"
+        return Hello(
+            op=OpId(next(self._ops)),
+            client=self._client_id,
+            role=self._role,
+            engine_nonce=self._client_id.nonce,
+            namespace=self.namespace,
+            label=self._label,
+            slab_id=SlabId(b"") if last is None else last.slab_id,
+            writing=pack_slots(rows),
+        )
+
+    def _opened(self, connection: Connection) -> None:
+        self.counters["sessions"] += 1
+        self._silent = False
+        self._connection = connection
+        self._teller.open(connection)
+        if self._on_session is not None:
+            self._on_session(connection.session)
+
+    def _lost(self) -> None:
+        self._connection = None
+        self._teller.lost()
+        for page in list(self._lookups.values()):
+            page.ticket.lose()
+        self._lookups.clear()
+
+    # ---- whoever receives
+
+    def _heard(self, connection: Connection, message: LocalAnswer) -> None:
+        """`reading` of the connection is held. Raises RemoteProtocolError."""
+        self._silent = False
+        match message:
+            case LookupReply():
+                self._heard_lookup(message)
+            case LookupUpdate():
+                if (page := self._lookups.get(message.op)) is not None:  # else unpinned meanwhile
+                    page.update(message.indices, message.states, message.slots)
+                    self._forget_if_done(message.op, page)
+            case ReserveReply():
+                self._heard_reserve(connection.session.slab_id, message)
+            case Ack():
+                self._teller.acknowledged(message.op)
+            case Refused():
+                self._heard_refused(message)
+            case _:
+                raise RemoteProtocolError(f"{type(message).__name__} was not asked for")
+
+    def _heard_lookup(self, reply: LookupReply) -> None:
+        page = self._lookups.get(reply.op)
+        if page is None or page.overdue:
+            self.counters["late_answers"] += 1
+        if page is None:
+            return  # unpinned meanwhile, and that is said in the outbox
+        page.answer(reply.states, reply.slots)
+        if reply.states.count(KeyState.MISS) == len(reply.states):
+            page.ticket.ops.remove(reply.op)  # nothing is pinned for it, and nothing will be
+        self._forget_if_done(reply.op, page)
+
+    def _forget_if_done(self, op: OpId, page: LookupPage) -> None:
+        if page.done:
+            self._lookups.pop(op, None)
+
+    def _heard_reserve(self, slab_id: SlabId, reply: ReserveReply) -> None:
+        page = self._reserves.get(reply.op)
+        if page is None:
+            self.counters["late_answers"] += 1  # reserve has undone it when it gave up
+            return
+        page.answer(reply.grants, reply.slots)
+        # Remembered before anybody can lose the connection and say hello without it.
+        self._teller.granted(slab_id, page.places.values())
+
+    def _heard_refused(self, refused: Refused) -> None:
+        self.counters["refused"] += 1
+        logger.debug("refused: %s", refused.reason)
+        if (page := self._lookups.pop(refused.op, None)) is not None:
+            page.give_up()
+        elif (reserve := self._reserves.get(refused.op)) is not None:
+            reserve.give_up()
+        else:
+            self._teller.acknowledged(refused.op)
+
+    # ---- for people and tests
+
+    def snapshot(self) -> dict[str, Any]:
+        return {
+            "state": self.state.value,
+            "reason": self.reason,
+            "open_lookups": len(self._lookups),
+            **self._teller.snapshot(),
+            "counters": dict(self.counters),
+        }
+
+    def check(self) -> None:
+        """To be called on the engine's thread, between its questions."""
+        self._teller.check()
+        assert not self._reserves
+        for op, page in list(self._lookups.items()):
+            assert op in page.ticket.ops
+            assert page.done == (page.waiting == 0 and page.answered)

@@ -1,0 +1,46 @@
+"""Fixtures that several kinds of tests share."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+
+from tests.engines import Engine, Mode, start_engine
+
+EngineFactory: TypeAlias = Callable[..., Engine]
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tests ask nobody outside
+
+
+def _factory(folder: Path) -> Iterator[EngineFactory]:
+    engines: list[Engine] = []
+
+    def start(model: Path, *, mode: Mode = Mode.IN_PROCESS, **arguments: Any) -> Engine:
+        engine = start_engine(model, folder=folder, mode=mode, **arguments)
+        engines.append(engine)
+        return engine
+
+    try:
+        yield start
+    finally:
+        for engine in engines:
+            engine.ask_to_end()
+        for engine in engines:
+            engine.close()
+
+
+@pytest.fixture
+def engine_factory(tmp_path: Path) -> Iterator[EngineFactory]:
+    """start_engine without its folder; what it has started ends with the test.
+
+    The engines start side by side: ask for all of them before the first request.
+    """
+    yield from _factory(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared_engine_factory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineFactory]:
+    """The same for engines that all tests of a module use: a start costs 8 to 20 s."""
+    yield from _factory(tmp_path_factory.mktemp("engines"))

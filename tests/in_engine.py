@@ -1,0 +1,349 @@
+"""What tests run inside an engine's client process, through Engine.call.
+
+For an engine in one process (Mode.IN_PROCESS) EngineCore and the worker are there too, so faults
+can be planted at the seams: an Executor that fails, a header that changes.
+"""
+
+import ctypes
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvray.core.layout import HEADER_BYTES, SLOT_HEADER_DTYPE
+from kvray.engine.copier import CopyEnd, Executor, Pointers
+
+MAX_SETTLE_ROUNDS = 2_000  # 2 ms each
+SETTLE_POLL_S = 0.002
+
+
+def attach(llm: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """kvray.attach as a user calls it; several calls are one."""
+    import kvray
+
+    attachment = kvray.attach(llm, **settings)
+    _attachments[id(llm)] = attachment
+    return stats(llm)
+
+
+async def attach_async(llm: Any, settings: dict[str, Any]) -> dict[str, int]:
+    import kvray
+
+    attachment = await kvray.attach(llm, **settings)
+    _attachments[id(llm)] = attachment
+    counters: dict[str, int] = (await attachment.stats()).counters
+    return counters
+
+
+async def stats_async(llm: Any) -> dict[str, int]:
+    counters: dict[str, int] = (await _attachments[id(llm)].stats()).counters
+    return counters
+
+
+def detach(llm: Any) -> None:
+    _attachments.pop(id(llm)).detach()
+
+
+def stats(llm: Any) -> dict[str, Any]:
+    """kvray_stats of the engine, however it got its connector."""
+    core = llm.llm_engine.engine_core
+    if hasattr(core, "call_utility"):
+        found: dict[str, Any] = core.call_utility("kvray_stats")
+    else:
+        from kvray.engine.attach import kvray_stats
+
+        found = kvray_stats(core.engine_core)
+    found.pop("fields")
+    found["slot_bytes"] = {str(k): v for k, v in found["slot_bytes"].items()}
+    return found
+
+
+def settle(llm: Any) -> dict[str, Any]:
+    """Returns the stats once nothing is under way any more: all stores are committed or given up.
+    An engine in this process steps only when it is told to."""
+    core = llm.llm_engine.engine_core
+    for _ in range(MAX_SETTLE_ROUNDS):
+        found = stats(llm)
+        if not found["pending"]:
+            return found
+        if hasattr(core, "call_utility"):
+            time.sleep(SETTLE_POLL_S)
+        else:
+            core.engine_core.step()
+    message = f"{found['pending']} copies are still under way"
+    raise TimeoutError(message)
+
+
+def fields(llm: Any) -> dict[str, Any]:
+    """What the namespace is the digest of."""
+    return dict(connector_of(llm).lookups.fields)
+
+
+_attachments: dict[int, Any] = {}
+
+
+def connector_of(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler.connector
+
+
+def transfers_of(_llm: Any) -> Any:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group().transfers
+
+
+# ---- faults
+
+
+class FaultyExecutor:
+    """Another Executor whose jobs end as planned. fault: called with the job's verify before it is
+    handed on; returns the verify to use."""
+
+    def __init__(
+        self, inner: Executor, fault: Callable[[Callable[[], bool] | None], Callable[[], bool]]
+    ) -> None:
+        self.inner = inner
+        self._fault = fault
+
+    def submit(
+        self,
+        job_id: int,
+        sources: Pointers,
+        targets: Pointers,
+        piece_bytes: Pointers,
+        *,
+        verify: Callable[[], bool] | None = None,
+        keep_alive: object = None,
+        urgent: bool = False,
+    ) -> None:
+        self.inner.submit(
+            job_id,
+            sources,
+            targets,
+            piece_bytes,
+            verify=self._fault(verify),
+            keep_alive=keep_alive,
+            urgent=urgent,
+        )
+
+    def finished(self) -> list[CopyEnd]:
+        return self.inner.finished()
+
+    def wait(self, job_ids: Iterable[int]) -> None:
+        self.inner.wait(job_ids)
+
+    def wait_any(self, timeout_s: float) -> bool:
+        return self.inner.wait_any(timeout_s)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def fail_copies(llm: Any) -> None:
+    """From now on every copy of this rank fails after it has moved its bytes."""
+    transfers = transfers_of(llm)
+    transfers._executor = FaultyExecutor(transfers._executor, lambda _verify: lambda: False)
+
+
+def mend_copies(llm: Any) -> None:
+    transfers = transfers_of(llm)
+    transfers._executor = transfers._executor.inner
+
+
+def rewrite_every_header_under_loads(llm: Any) -> None:
+    """Every header of the slab gets another generation while a load compares headers, and its own
+    again afterwards: as if the slots had been given away under the copy."""
+    transfers = transfers_of(llm)
+
+    def fault(verify: Callable[[], bool] | None) -> Callable[[], bool]:
+        if verify is None:
+            return lambda: True
+
+        def rewritten() -> bool:
+            slab = transfers._client.session.slab
+            generations = _writable_headers(slab)["generation"]
+            generations += 1
+            matches = verify()
+            generations -= 1
+            return matches
+
+        return rewritten
+
+    transfers._executor = FaultyExecutor(transfers._executor, fault)
+
+
+def _writable_headers(slab: Any) -> Any:
+    """The table of slot headers, past MappedSlab's own refusal to write into it."""
+    count = slab.geometry.slot_count
+    address = slab.address + slab.geometry.slot_table_offset
+    raw = (ctypes.c_uint8 * (count * HEADER_BYTES)).from_address(address)
+    return np.frombuffer(raw, dtype=SLOT_HEADER_DTYPE)
+
+
+# ---- what is loaded where
+
+
+def imported_modules(pid: int) -> list[str]:
+    """Shared objects mapped into a process: what it has loaded, whoever imported it."""
+    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return sorted({line.split(maxsplit=5)[5] for line in maps if line.count(" /") == 1})
+
+
+def own_modules(_llm: Any) -> list[str]:
+    return sorted(sys.modules)
+
+
+def own_pid(_llm: Any) -> int:
+    return os.getpid()
+
+
+# ---- changes of weights
+
+
+def name_weights(llm: Any, version: str) -> None:
+    from kvray.engine.attach import kvray_name_weights
+
+    kvray_name_weights(llm.llm_engine.engine_core.engine_core, version)
+
+
+def reload_weights_under_a_load(llm: Any, prompt: list[int]) -> dict[str, Any]:
+    """Step a request until its load is under way, reload the weights, and let it finish."""
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    engine.add_request(
+        "under-load",
+        {"prompt_token_ids": prompt},
+        SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, detokenize=False),
+    )
+    transfers = transfers_of(llm)
+    hold = HeldExecutor(transfers._executor)
+    transfers._executor = hold
+    for _ in range(MAX_SETTLE_ROUNDS):
+        engine.step()
+        if hold.holds_a_load:
+            break
+    else:
+        message = "no load began"
+        raise TimeoutError(message)
+    engine.engine_core.engine_core.collective_rpc("reload_weights")
+    hold.let_go()
+    outputs: list[Any] = []
+    for _ in range(MAX_SETTLE_ROUNDS):
+        outputs += [output for output in engine.step() if output.finished]
+        if outputs:
+            break
+    transfers._executor = hold.inner
+    (output,) = outputs
+    return {
+        "cached_tokens": output.num_cached_tokens or 0,
+        "tokens": list(output.outputs[0].token_ids),
+    }
+
+
+class HeldExecutor(FaultyExecutor):
+    """Keeps what has ended to itself until let_go()."""
+
+    def __init__(self, inner: Executor) -> None:
+        super().__init__(inner, lambda verify: verify or (lambda: True))
+        self.holds_a_load = False
+        self._held = True
+
+    def submit(self, *args: Any, **kwargs: Any) -> None:
+        self.holds_a_load = self.holds_a_load or kwargs.get("urgent", False)
+        super().submit(*args, **kwargs)
+
+    def finished(self) -> list[CopyEnd]:
+        return [] if self._held else super().finished()
+
+    def let_go(self) -> None:
+        self._held = False
+
+
+def abort_at_first_retry(llm: Any, prompt: list[int]) -> None:
+    """Add a request, step once (its look-up has begun), abort it, and step it away."""
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    engine.add_request(
+        "aborted",
+        {"prompt_token_ids": prompt},
+        SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, detokenize=False),
+    )
+    engine.step()
+    engine.abort_request(["aborted"], internal=False)
+    core = engine.engine_core.engine_core
+    for _ in range(MAX_SETTLE_ROUNDS):
+        if not core.scheduler.has_requests():
+            return
+        core.step()
+    message = "the aborted request does not go away"
+    raise TimeoutError(message)
+
+
+def attach_while_busy(llm: Any, settings: dict[str, Any]) -> None:
+    """Attach with a request under way; the request is finished before anything is raised on."""
+    from vllm import SamplingParams
+
+    llm.llm_engine.add_request(
+        "busy",
+        {"prompt_token_ids": list(range(1, 300))},
+        SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, detokenize=False),
+    )
+    llm.llm_engine.step()
+    try:
+        attach(llm, settings)
+    finally:
+        while llm.llm_engine.has_unfinished_requests():
+            llm.llm_engine.step()
+
+
+def on_rank(llm: Any, rank: int, function: str) -> None:
+    """Run a function of this module in one of the workers of a multiprocess engine."""
+    llm.collective_rpc(_if_rank, args=(rank, function))
+
+
+def _if_rank(worker: Any, rank: int, function: str) -> None:
+    if getattr(worker, "worker", worker).rank == rank:
+        globals()[function](worker)
+
+
+# ---- who calls Ray
+
+
+def count_ray_calls(llm: Any, prompt: list[int]) -> dict[str, int]:
+    """Generate while every call into Ray from this process is counted by its caller's thread."""
+    import threading
+
+    import ray
+    import ray.actor
+    from vllm import SamplingParams
+
+    calls = {"on the step": 0, "elsewhere": 0}
+    step_thread = threading.get_ident()
+
+    def counted(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            on_step = threading.get_ident() == step_thread
+            calls["on the step" if on_step else "elsewhere"] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    originals = (ray.get, ray.put, ray.wait, ray.actor.ActorMethod._remote)
+    ray.get, ray.put, ray.wait = map(counted, originals[:3])
+    ray.actor.ActorMethod._remote = counted(originals[3])
+    try:
+        llm.generate(
+            [{"prompt_token_ids": prompt}],
+            SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, detokenize=False),
+            use_tqdm=False,
+        )
+        settle(llm)
+    finally:
+        ray.get, ray.put, ray.wait, ray.actor.ActorMethod._remote = originals
+    return calls

@@ -1,0 +1,112 @@
+"""New weights never meet old KV, on this engine or on another, whatever is under way.
+
+Method: an engine with loads and stores in flight (held back at the Executor) is reset, or told of
+new weights; what was stored before must not be hit by it afterwards, and what was being stored must
+not appear.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests import in_engine
+from tests.conftest import EngineFactory
+from tests.engines import Engine
+from tests.models import tiny
+from tests.nodes import Nodes, running_nodes
+from tests.prompts import full_chunks, prompt_of
+
+pytestmark = [pytest.mark.heavy, pytest.mark.engine]
+
+TOKENS = 700
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    with running_nodes(1) as running:
+        yield running
+
+
+@pytest.fixture
+def engine(nodes: Nodes, engine_factory: EngineFactory) -> Engine:
+    return engine_factory(tiny(), kv_transfer_config=nodes.transfer(0)).ready()
+
+
+def test_a_reset_of_the_connector_renames_this_engines_blocks_and_wipes_nobody(
+    nodes: Nodes, engine: Engine
+) -> None:
+    prompt = prompt_of(TOKENS, seed=1)
+    engine.generate(prompt)
+    engine.call(in_engine.settle)
+    held = set(nodes.keys(0))
+
+    assert engine.reset_prefix_cache(reset_connector=True)
+
+    assert engine.generate(prompt).cached_tokens == 0
+    assert held <= set(nodes.keys(0))  # other engines of this model keep theirs
+    engine.call(in_engine.settle)
+    assert engine.reset_prefix_cache()
+    assert engine.generate(prompt).cached_tokens == full_chunks(TOKENS)  # under the new name
+
+
+def test_a_store_under_way_at_a_reset_is_never_committed(nodes: Nodes, engine: Engine) -> None:
+    prompt = prompt_of(TOKENS, seed=2)
+    before = set(nodes.keys(0))
+    engine.generate(prompt)  # its last chunks wait for the next step to be copied
+
+    assert engine.call(in_engine.stats)["pending"] > 0
+    assert engine.reset_prefix_cache(reset_connector=True)
+
+    counters = engine.call(in_engine.settle)["counters"]
+    assert counters["stored_chunks"] == 0
+    assert set(nodes.keys(0)) == before
+
+
+def test_a_load_under_way_when_the_weights_change_ends_as_failed(
+    nodes: Nodes, engine: Engine
+) -> None:
+    prompt = prompt_of(TOKENS, seed=3)
+    engine.generate(prompt, max_tokens=4)
+    engine.call(in_engine.settle)
+    assert engine.reset_prefix_cache()
+
+    answer = engine.call(in_engine.reload_weights_under_a_load, prompt)
+
+    assert answer["cached_tokens"] == 0
+    counters = engine.call(in_engine.stats)["counters"]
+    assert counters["failed_loads"] == 1
+
+
+def test_nothing_is_stored_while_the_device_may_still_hold_old_blocks(
+    nodes: Nodes, engine: Engine
+) -> None:
+    prompt = prompt_of(TOKENS, seed=4)
+    engine.generate(prompt)
+    engine.call(in_engine.settle)
+    before = set(nodes.keys(0))
+
+    engine.collective_rpc("reload_weights")
+
+    engine.generate(prompt)  # the device's own cache hits: KV of the old weights
+    engine.call(in_engine.settle)
+    assert set(nodes.keys(0)) == before
+    assert engine.reset_prefix_cache()
+    assert engine.generate(prompt).cached_tokens == 0
+    engine.call(in_engine.settle)
+    assert len(set(nodes.keys(0)) - before) == TOKENS // 128
+
+
+def test_engines_that_were_told_the_same_version_share_again(
+    nodes: Nodes, engine_factory: EngineFactory
+) -> None:
+    a, b = (
+        engine_factory(tiny(), kv_transfer_config=nodes.transfer(0)) for _ in range(2)
+    )
+    prompt = prompt_of(TOKENS, seed=5)
+    for engine in (a, b):
+        engine.collective_rpc("reload_weights")
+        engine.call(in_engine.name_weights, "step 7")
+    a.generate(prompt)
+    a.call(in_engine.settle)
+
+    assert b.generate(prompt).cached_tokens == full_chunks(TOKENS)

@@ -1,0 +1,106 @@
+"""Only engines whose bytes are equal share: not another model, other weights, another adapter.
+
+Method: one node, engines that differ in one thing, the same prompt to each. All engines are on one
+node, so a wrong hit would be the cheapest kind.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import in_engine
+from tests.adapters import adapter
+from tests.conftest import EngineFactory
+from tests.models import tiny, tiny_gemma2
+from tests.nodes import Nodes, running_nodes
+from tests.prompts import full_chunks, prompt_of
+
+pytestmark = [pytest.mark.heavy, pytest.mark.engine]
+
+TOKENS = 700
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    with running_nodes(1) as running:
+        yield running
+
+
+def test_two_models_use_one_slab_and_share_nothing(
+    nodes: Nodes, engine_factory: EngineFactory
+) -> None:
+    llama = engine_factory(tiny(), kv_transfer_config=nodes.transfer(0))
+    other_weights = engine_factory(tiny(seed=1), kv_transfer_config=nodes.transfer(0))
+    prompt = prompt_of(TOKENS, seed=1)
+
+    llama.generate(prompt)
+    assert llama.call(in_engine.settle)["counters"]["stored_chunks"] == TOKENS // 128
+
+    # The same config in another folder, with other weights: the same block hashes, other bytes.
+    assert other_weights.generate(prompt).cached_tokens == 0
+    assert other_weights.call(in_engine.settle)["counters"]["stored_chunks"] == TOKENS // 128
+
+    for engine in (llama, other_weights):
+        assert engine.reset_prefix_cache()
+        assert engine.generate(prompt).cached_tokens == full_chunks(TOKENS)
+
+
+def test_an_adapter_of_the_same_name_and_other_content_does_not_hit(
+    nodes: Nodes, engine_factory: EngineFactory, tmp_path: Path
+) -> None:
+    lora = {"enable_lora": True, "max_lora_rank": 8}
+    a = engine_factory(tiny(), kv_transfer_config=nodes.transfer(0), **lora)
+    b = engine_factory(tiny(), kv_transfer_config=nodes.transfer(0), **lora)
+    prompt = prompt_of(TOKENS, seed=2)
+    folder = tmp_path / "adapter"
+    adapter(folder, tiny(), seed=1)
+    first = a.generate(prompt, lora=("style", 1, folder))
+    a.call(in_engine.settle)
+    assert first.cached_tokens == 0
+    same = b.generate(prompt, lora=("style", 1, folder))
+    assert same.cached_tokens == full_chunks(TOKENS)
+
+    # Another adapter under the same name and in the same place, as on another host.
+    adapter(folder, tiny(), seed=2)
+    assert b.reset_prefix_cache()
+    other = b.generate(prompt, lora=("style", 2, folder))
+
+    assert other.cached_tokens == 0
+    assert b.generate(prompt).cached_tokens == 0  # and without an adapter: neither
+
+
+def test_another_hash_seed_or_tag_is_another_namespace(
+    nodes: Nodes, engine_factory: EngineFactory
+) -> None:
+    plain = engine_factory(tiny(), kv_transfer_config=nodes.transfer(0))
+    tagged = engine_factory(tiny(), kv_transfer_config=nodes.transfer(0, model_tag="v2"))
+    prompt = prompt_of(TOKENS, seed=3)
+    plain.generate(prompt)
+    plain.call(in_engine.settle)
+
+    assert tagged.generate(prompt).cached_tokens == 0
+
+    ours, theirs = plain.call(in_engine.fields), tagged.call(in_engine.fields)
+    assert {name for name in ours if ours[name] != theirs[name]} == {"model_tag"}
+
+
+def test_a_hybrid_model_with_a_sliding_window_is_cached(
+    nodes: Nodes, engine_factory: EngineFactory
+) -> None:
+    a = engine_factory(tiny_gemma2(), kv_transfer_config=nodes.transfer(0))
+    b = engine_factory(tiny_gemma2(), kv_transfer_config=nodes.transfer(0))
+    prompt = prompt_of(1_500, seed=4)
+    a.generate(prompt, max_tokens=4)
+    counters = a.call(in_engine.settle)
+    if counters["uncached"]:
+        assert "several cache groups" in counters["uncached"]  # vLLM 0.29, said by name
+        assert b.generate(prompt, max_tokens=4).cached_tokens == 0
+        return
+
+    answer = b.generate(prompt, max_tokens=4)
+    control = a.generate(prompt, max_tokens=4)
+
+    assert answer.cached_tokens == control.cached_tokens > 0
+    assert answer.tokens == control.tokens
+    assert b.call(in_engine.settle)["counters"]["failed_loads"] == 0

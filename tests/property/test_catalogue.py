@@ -1,0 +1,200 @@
+"""Goal: a Catalogue is a dict of dicts, whatever the keys, and never more rows than it may have.
+
+Method: a hypothesis machine does the same to a Catalogue and to plain dicts. Half of the keys have
+equal halves, so that probes are long and chains get mixed up if they can be.
+"""
+
+from typing import Any
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from kvray.core import catalogue as module
+from kvray.core.catalogue import Catalogue, Listing, Standing
+from kvray.core.codec import pack_entries, pack_keys
+from kvray.core.ids import BlockKey, Generation, Origin, SlotIndex
+from kvray.core.messages import ENTRY_DTYPE
+
+LISTINGS = 4
+KEYS = [BlockKey(bytes(8) + bytes([i]) * 8) for i in range(12)]
+KEYS += [BlockKey(bytes([i]) * 8 + bytes(8)) for i in range(1, 13)]
+keys = st.sampled_from(KEYS)
+entries = st.lists(st.tuples(keys, st.integers(0, 9), st.integers(1, 9)), max_size=30)
+
+
+class CatalogueMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.listings: list[Listing] = []
+        # A hidden listing remembers removed keys: None.
+        self.model: dict[Listing, dict[BlockKey, tuple[int, int] | None]] = {}
+        self.standing: dict[Listing, Standing] = {}
+
+    @initialize(max_rows=st.sampled_from([20, 10_000]))
+    def begin(self, max_rows: int) -> None:
+        self.max_rows = max_rows
+        self.catalogue = Catalogue(max_rows=max_rows)
+        for _ in range(LISTINGS):
+            self.open()
+
+    def open(self) -> None:
+        listing = self.catalogue.open()
+        assert listing is not None
+        self.listings.append(listing)
+        self.model[listing] = {}
+        self.standing[listing] = Standing.HIDDEN
+
+    @rule(index=st.integers(0, LISTINGS - 1), last=st.booleans())
+    def show(self, index: int, last: bool) -> None:  # noqa: FBT001 - a rule
+        listing = self.listings[index]
+        self.catalogue.show(listing, last=last)
+        self.standing[listing] = Standing.LAST if last else Standing.SHOWN
+        self.model[listing] = {k: v for k, v in self.model[listing].items() if v is not None}
+
+    @rule(index=st.integers(0, LISTINGS - 1))
+    def drop_and_open_another(self, index: int) -> None:
+        listing = self.listings.pop(index)
+        self.catalogue.drop(listing)
+        del self.model[listing], self.standing[listing]
+        self.open()
+
+    @rule(index=st.integers(0, LISTINGS - 1), rows=entries, keep=st.booleans())
+    def add(self, index: int, rows: list[Any], keep: bool) -> None:  # noqa: FBT001 - a rule
+        listing, room = self.listings[index], self.catalogue.room
+        keep = keep and self.standing[listing] is Standing.HIDDEN
+        before = self.model[listing]
+        wanted = {key: (slot, generation) for key, slot, generation in rows}
+        packed = pack_entries(
+            (key, SlotIndex(slot), 7, Generation(generation), Origin.COPY)
+            for key, slot, generation in rows
+        )
+        unlisted = self.catalogue.add(listing, np.frombuffer(packed, ENTRY_DTYPE), keep=keep)
+        # A listing that was hidden may still have rows of keys it remembered: they need no room.
+        assert unlisted <= max(0, len(wanted.keys() - before.keys()) - room)
+        missing = wanted.keys() - before.keys() - self.entries_of(listing).keys()
+        assert len(missing) == unlisted
+        for key in wanted.keys() - missing:
+            if not keep or key not in before:
+                before[key] = wanted[key]
+
+    @rule(index=st.integers(0, LISTINGS - 1), gone=st.lists(keys, max_size=20))
+    def remove(self, index: int, gone: list[BlockKey]) -> None:
+        listing, room = self.listings[index], self.catalogue.room
+        own = self.model[listing]
+        hidden = self.standing[listing] is Standing.HIDDEN
+        forgotten = self.catalogue.remove(listing, pack_keys(gone))
+        if hidden:
+            assert forgotten == max(0, len(set(gone) - own.keys()) - room)
+            for key in gone:
+                # Which of the unknown ones were remembered does not matter: none is there.
+                if key in own or not forgotten:
+                    own[key] = None
+            if forgotten:
+                self.drop_and_open_another(index)
+        else:
+            assert forgotten == 0
+            for key in gone:
+                own.pop(key, None)
+
+    @rule()
+    def sweep(self) -> None:
+        self.catalogue.sweep()
+
+    @rule(
+        asked=st.lists(keys, max_size=20),
+        limit=st.integers(1, 5),
+        index=st.none() | st.integers(0, LISTINGS - 1),
+    )
+    def locate(self, asked: list[BlockKey], limit: int, index: int | None) -> None:
+        without = None if index is None else self.listings[index]
+        at, rows = self.catalogue.locate(pack_keys(asked), limit=limit, without=without)
+        assert at.tolist() == sorted(at.tolist())
+        for i, key in enumerate(asked):
+            found = [
+                (Listing(int(row["listing"])), (int(row["slot"]), int(row["generation"])))
+                for row in rows[at == i]
+            ]
+            expected = {
+                listing: own[key]
+                for listing, own in self.model.items()
+                if self.standing[listing] >= Standing.LAST
+                and listing != without
+                and own.get(key) is not None
+            }
+            assert len(found) == min(limit, len(expected)) == len(dict(found))
+            assert all(expected[listing] == place for listing, place in found)
+            grades = [self.standing[listing] for listing, _ in found]
+            assert grades == sorted(grades, reverse=True), "a suspect is not the last"
+            best = sorted((self.standing[listing] for listing in expected), reverse=True)
+            assert grades == best[:limit], "a suspect is named, and a better one is not"
+
+    def entries_of(self, listing: Listing) -> dict[bytes, tuple[int, int]]:
+        return {
+            row["low"].tobytes() + row["high"].tobytes(): (int(row["slot"]), int(row["generation"]))
+            for row in self.catalogue.entries_of(listing)
+        }
+
+    @invariant()
+    def same(self) -> None:
+        for listing, own in self.model.items():
+            expected = {key: place for key, place in own.items() if place is not None}
+            assert self.entries_of(listing) == expected
+            assert self.catalogue.count(listing) == len(expected)
+        assert len(self.catalogue) <= self.max_rows
+        self.catalogue.check()
+
+    def teardown(self) -> None:
+        if not self.listings:
+            return
+        for listing in self.listings:
+            self.catalogue.drop(listing)
+        while self.catalogue.snapshot()["unswept_listings"]:
+            self.catalogue.sweep()
+        assert len(self.catalogue) == 0
+        assert self.catalogue.snapshot()["listings"] == 0
+        self.catalogue.check()
+
+
+TestCatalogue = CatalogueMachine.TestCase
+TestCatalogue.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_many_rows_grow_shrink_and_come_back_in_few_bytes() -> None:
+    random = np.random.default_rng(5)
+    catalogue = Catalogue(max_rows=1_000_000)
+    listings = [catalogue.open() for _ in range(4)]
+    held: dict[Listing, np.ndarray] = {}
+    for listing in listings:
+        assert listing is not None
+        catalogue.show(listing)
+        rows = np.zeros(50_000, ENTRY_DTYPE)
+        rows["key"] = np.frombuffer(random.bytes(16 * len(rows)), "V16")
+        rows["bytes"] = 7
+        for start in range(0, len(rows), 4_096):
+            assert catalogue.add(listing, rows[start : start + 4_096]) == 0
+        held[listing] = rows
+    assert catalogue.size_bytes < 100 * len(catalogue), "the promise of the docstring"
+    size_bytes = catalogue.size_bytes
+    for _ in range(3):
+        for listing, rows in held.items():
+            catalogue.remove(listing, rows["key"][:40_000].tobytes())
+            catalogue.add(listing, rows[:40_000])
+    assert catalogue.size_bytes <= 1.1 * size_bytes, "churn costs no memory"
+    at, _ = catalogue.locate(held[listings[0] or Listing(0)]["key"].tobytes(), limit=1)
+    assert np.array_equal(at, np.arange(50_000))
+    catalogue.check()
+
+
+def test_a_sweep_keeps_to_its_budget(monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "SWEEP_FREE_ROWS", 100)
+    catalogue = Catalogue(max_rows=10_000)
+    listing = catalogue.open()
+    assert listing is not None
+    rows = np.zeros(1_000, ENTRY_DTYPE)
+    rows["key"] = np.frombuffer(np.random.default_rng(6).bytes(16_000), "V16")
+    catalogue.add(listing, rows)
+    catalogue.drop(listing)
+    assert [catalogue.sweep() for _ in range(11)] == [100] * 10 + [0]
+    assert len(catalogue) == 0

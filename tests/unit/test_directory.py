@@ -1,0 +1,546 @@
+"""Goal: the directory never names a place of an epoch that is over, forgets nothing that a node has
+announced, and says so when it has lost count.
+
+Method: stories of two or three nodes. `Node` says what a NodeStore would say, word by word, so that
+a story can leave messages out, repeat them or send them late. The core is checked after each.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import TypeVar
+
+import msgspec
+
+from kvray.core.codec import decode, encode, pack_entries, pack_keys, unpack_locations
+from kvray.core.directory import (
+    TICK_MS,
+    DirectoryCore,
+    DirectoryLimits,
+    NodeState,
+    heartbeat_period_ms,
+)
+from kvray.core.ids import BlockKey, Epoch, Generation, NodeId, Origin, SlabId, SlotIndex, Term
+from kvray.core.messages import (
+    MAX_CALL_BYTES,
+    MAX_SOURCES_PER_KEY,
+    Announce,
+    AnnounceReply,
+    AnnounceStatus,
+    ControlMessage,
+    Locate,
+    LocateReply,
+    NodeHello,
+    NodeHelloReply,
+    NodeInfo,
+)
+
+OK, RESYNC = AnnounceStatus.OK, AnnounceStatus.RESYNC
+BURIED, UNKNOWN = AnnounceStatus.BURIED, AnnounceStatus.UNKNOWN
+A, B, C, D = (BlockKey(bytes([i]) * 16) for i in range(1, 5))
+BLOCK_BYTES = 40_000
+M = TypeVar("M", bound=ControlMessage)
+
+
+class Cluster:
+    """One directory and its clock."""
+
+    def __init__(self, *, term: int = 1, limits: DirectoryLimits | None = None) -> None:
+        self.term = Term(term)
+        self.now_ms = 1_000_000
+        self.core = DirectoryCore(self.term, limits)
+
+    def wait(self, duration_ms: int, *beating: "Node") -> None:
+        """Time passes in ticks; the nodes named announce in each of them."""
+        for _ in range(duration_ms // TICK_MS):
+            self.now_ms += TICK_MS
+            for node in beating:
+                node.announce()
+            self.core.on_tick(self.now_ms)
+        self.core.check()
+
+    def where(self, key: BlockKey) -> list[tuple[str, int, int]]:
+        """(node, epoch, generation) of each place, the best first."""
+        return [(x.node_id, x.epoch, x.generation) for x in self.core.where([key])[0]]
+
+    def states(self) -> list[tuple[str, NodeState]]:
+        return [(event.node_id, event.state) for event in self.core.drain_events()]
+
+
+class Node:
+    """What one NodeStore says. It keeps to the protocol only as far as the story does."""
+
+    def __init__(self, cluster: Cluster, name: str, *, epoch: int = 10) -> None:
+        self.cluster = cluster
+        self.info = NodeInfo(
+            node_id=NodeId(name),
+            epoch=Epoch(epoch),
+            link_name=f"{name}/{epoch}",
+            link_metadata=b"agent",
+            slab_id=SlabId(bytes(16)),
+            slab_address=4_096,
+            slab_bytes=2**26,
+            extent_bytes=2**20,
+            host="localhost",
+            kvray_version="0.1.0",
+            format_version=1,
+        )
+        self.sequence = 0
+        self.roster_version = 0
+
+    def hello(self, *, epoch: int | None = None, wall_clock_ms: int = 0) -> NodeHelloReply:
+        if epoch is not None:
+            self.info = msgspec.structs.replace(self.info, epoch=Epoch(epoch))
+        hello = NodeHello(info=self.info, wall_clock_ms=wall_clock_ms)
+        reply = self.cluster.core.on_hello(sent(hello), self.cluster.now_ms)
+        self.cluster.core.check()
+        return sent(reply)
+
+    def join(self, *keys: BlockKey) -> "Node":
+        """Hello, and the whole set in one part."""
+        assert self.hello().accepted_epoch == self.info.epoch
+        self.part(1, *keys, last=True)
+        return self
+
+    def say(
+        self, adds: Iterable[BlockKey] = (), removes: Iterable[BlockKey] = (), generation: int = 1
+    ) -> Announce:
+        """The next announce, not sent yet."""
+        self.sequence += 1
+        rows = [
+            (key, SlotIndex(key[0]), BLOCK_BYTES, Generation(generation), Origin.ORIGINAL)
+            for key in adds
+        ]
+        return Announce(
+            node_id=self.info.node_id,
+            epoch=self.info.epoch,
+            term=self.cluster.term,
+            sequence=self.sequence,
+            roster_version=self.roster_version,
+            adds=pack_entries(rows),
+            removes=pack_keys(list(removes)),
+        )
+
+    def send(self, announce: Announce) -> AnnounceReply:
+        reply = self.cluster.core.on_announce(sent(announce), self.cluster.now_ms)
+        self.cluster.core.check()
+        return sent(reply)
+
+    def announce(self, *adds: BlockKey, generation: int = 1) -> AnnounceStatus:
+        return self.send(self.say(adds, generation=generation)).status
+
+    def remove(self, *keys: BlockKey) -> AnnounceStatus:
+        return self.send(self.say(removes=keys)).status
+
+    def part(
+        self, part: int, *keys: BlockKey, last: bool = False, generation: int = 1
+    ) -> AnnounceStatus:
+        announce = self.say(keys, generation=generation)
+        return self.send(
+            msgspec.structs.replace(announce, resync_part=part, resync_last=last)
+        ).status
+
+    def lose(self, *adds: BlockKey) -> Announce:
+        """An announce that does not arrive (now)."""
+        return self.say(adds)
+
+    def locate(self, *keys: BlockKey) -> list[tuple[int, str, int]]:
+        """(index of the key, node, generation)."""
+        locate = Locate(self.info.node_id, self.info.epoch, pack_keys(keys))
+        reply: LocateReply = sent(self.cluster.core.on_locate(sent(locate), self.cluster.now_ms))
+        rows = unpack_locations(reply.locations)
+        assert all(row[2:4] == (keys[row[0]][0], BLOCK_BYTES) for row in rows)
+        return [(row[0], reply.nodes[row[1]], row[4]) for row in rows]
+
+
+def sent(message: M) -> M:
+    """As it comes out at the other side."""
+    return decode(encode(message), max_bytes=MAX_CALL_BYTES, expect=type(message))
+
+
+def test_a_block_is_found_by_others_from_its_announce_to_its_removal() -> None:
+    cluster = Cluster()
+    node, reader = Node(cluster, "a").join(), Node(cluster, "b").join()
+    assert reader.locate(A, B, C) == []
+    node.announce(A, C, generation=7)
+    assert reader.locate(A, B, C) == [(0, "a", 7), (2, "a", 7)]
+    node.remove(A)
+    assert reader.locate(A, B, C) == [(2, "a", 7)]
+
+
+def test_a_node_is_never_told_to_fetch_from_itself() -> None:
+    cluster = Cluster()
+    node, other = Node(cluster, "a").join(A), Node(cluster, "b").join(A, B)
+    assert node.locate(A, B) == [(0, "b", 1), (1, "b", 1)]
+    assert other.locate(A, B) == [(0, "a", 1)]
+
+
+def test_a_block_stored_again_is_found_at_its_new_place_only() -> None:
+    cluster = Cluster()
+    node, reader = Node(cluster, "a").join(A, B), Node(cluster, "b").join()
+    node.announce(A, generation=8)
+    node.send(node.say([B], removes=[B], generation=9))
+    assert reader.locate(A, B) == [(0, "a", 8), (1, "a", 9)]
+
+
+def test_a_key_named_twice_in_one_message_counts_once_and_the_last_time() -> None:
+    cluster = Cluster()
+    node, reader = Node(cluster, "a").join(), Node(cluster, "b").join()
+    first, second = node.say([A, B], generation=3), node.say([A], generation=4)
+    node.sequence = first.sequence
+    node.send(msgspec.structs.replace(first, adds=first.adds + second.adds))
+    assert reader.locate(A, B) == [(0, "a", 4), (1, "a", 3)]
+    node.remove(A, A, B, C)
+    assert reader.locate(A, B) == []
+    assert reader.locate(A, A) == []
+
+
+# -- epochs ------------------------------------------------------------------------------------
+
+
+def test_a_first_epoch_is_at_least_the_wall_clock_and_holds_when_it_is_asked_for_again() -> None:
+    cluster = Cluster()
+    node = Node(cluster, "a")
+    assert node.hello(epoch=3, wall_clock_ms=5_000).accepted_epoch == 5_000
+    assert cluster.core.roster() == []
+    assert node.announce() is UNKNOWN
+    assert node.hello(epoch=5_000, wall_clock_ms=5_001).accepted_epoch == 5_000
+    assert cluster.core.roster() == [node.info]
+
+
+def test_a_restart_ends_the_old_epoch_and_all_that_it_has_said() -> None:
+    cluster = Cluster()
+    old, reader = Node(cluster, "a").join(A, B), Node(cluster, "b").join()
+    new = Node(cluster, "a", epoch=11)
+    new.hello()
+    assert reader.locate(A, B) == []
+    assert old.announce(C) is BURIED
+    assert old.part(1, A, B, last=True) is BURIED
+    new.part(1, B, last=True, generation=20)
+    assert cluster.where(B) == [("a", 11, 20)]
+    assert reader.locate(A, B, C) == [(1, "a", 20)]
+
+
+def test_a_second_process_never_gets_an_epoch_that_another_one_was_given() -> None:
+    cluster = Cluster()
+    first, second = Node(cluster, "a").join(A), Node(cluster, "a")
+    second.info = msgspec.structs.replace(second.info, slab_address=8_192)
+    assert second.hello().accepted_epoch == 11
+    assert cluster.core.roster() == [first.info], "the first one lives until the second is there"
+    third = Node(cluster, "a")
+    third.info = msgspec.structs.replace(third.info, slab_address=12_288)
+    assert third.hello().accepted_epoch == 12
+    assert third.hello(epoch=12).accepted_epoch == 12
+    assert second.hello(epoch=11).accepted_epoch == 13
+    assert cluster.core.roster() == [third.info]
+
+
+def test_a_hello_whose_answer_was_lost_is_answered_again_and_costs_a_resync() -> None:
+    cluster = Cluster()
+    node, reader = Node(cluster, "a").join(A), Node(cluster, "b").join()
+    assert node.hello().accepted_epoch == node.info.epoch
+    assert reader.locate(A) == [(0, "a", 1)], "what was known stays to be found"
+    assert node.announce() is RESYNC
+    assert node.part(1, B, last=True) is OK
+    assert reader.locate(A, B) == [(1, "a", 1)]
+
+
+def test_a_new_directory_learns_all_and_the_nodes_keep_their_epochs() -> None:
+    cluster = Cluster()
+    node = Node(cluster, "a", epoch=5_000).join(A)
+    node.cluster = cluster = Cluster(term=2)
+    assert node.announce() is UNKNOWN
+    assert node.hello(wall_clock_ms=4_990).accepted_epoch == 5_000
+    assert node.announce(B) is RESYNC
+    assert node.part(1, A, B, last=True) is OK
+    assert cluster.where(A) == cluster.where(B) == [("a", 5_000, 1)]
+
+
+def test_what_was_said_to_the_directory_before_is_void() -> None:
+    cluster = Cluster()
+    node = Node(cluster, "a")
+    late = node.say([A])
+    node.cluster = cluster = Cluster(term=2)
+    node.hello()
+    assert node.send(late).status is UNKNOWN
+    assert cluster.where(A) == []
+
+
+def test_the_last_number_of_an_epoch_is_an_end_and_no_crash() -> None:
+    cluster = Cluster()
+    node, other = Node(cluster, "a", epoch=2**62), Node(cluster, "a", epoch=2**62)
+    node.join(A)
+    other.info = msgspec.structs.replace(other.info, slab_address=8_192)
+    for _ in range(3):
+        assert other.hello().accepted_epoch == 2**62
+    assert cluster.core.roster() == [node.info]
+
+
+# -- silence -----------------------------------------------------------------------------------
+
+
+def test_a_silent_node_is_a_suspect_then_buried_and_its_blocks_are_last_then_gone() -> None:
+    cluster = Cluster()
+    other = Node(cluster, "b").join(A)
+    silent, reader = Node(cluster, "a").join(A), Node(cluster, "c").join()
+    assert reader.locate(A) == [(0, "a", 1), (0, "b", 1)], "the youngest first"
+    cluster.wait(1_000, other, reader)
+    assert cluster.core.state_of(silent.info.node_id) is NodeState.SUSPECT
+    assert reader.locate(A) == [(0, "b", 1), (0, "a", 1)]
+    cluster.wait(500, other, reader)
+    assert cluster.core.state_of(silent.info.node_id) is NodeState.BURIED
+    assert reader.locate(A) == [(0, "b", 1)]
+    assert [info.node_id for info in cluster.core.roster()] == ["b", "c"]
+    assert cluster.states()[-2:] == [("a", NodeState.SUSPECT), ("a", NodeState.BURIED)]
+
+
+def test_a_suspect_that_speaks_is_as_good_as_any() -> None:
+    cluster = Cluster()
+    other, reader = Node(cluster, "b").join(A), Node(cluster, "c").join()
+    node = Node(cluster, "a").join(A)
+    cluster.wait(1_000, other, reader)
+    assert node.announce() is OK
+    assert reader.locate(A) == [(0, "a", 1), (0, "b", 1)]
+    assert cluster.states()[-2:] == [("a", NodeState.SUSPECT), ("a", NodeState.ALIVE)]
+
+
+def test_a_frozen_node_that_speaks_after_its_burial_needs_a_new_epoch() -> None:
+    cluster = Cluster()
+    node, reader = Node(cluster, "a").join(A), Node(cluster, "c").join()
+    cluster.wait(1_500, reader)
+    assert node.announce(B) is BURIED
+    assert node.hello().accepted_epoch == 11, "the old epoch does not come back"
+    assert node.announce() is BURIED
+    assert reader.locate(A, B) == []
+    assert node.hello(epoch=11).accepted_epoch == 11
+    node.sequence = 0
+    assert node.part(1, A, last=True) is OK
+    assert cluster.where(A) == [("a", 11, 1)]
+
+
+def test_a_pause_of_the_directory_is_not_the_silence_of_its_nodes() -> None:
+    cluster = Cluster()
+    node = Node(cluster, "a").join(A)
+    cluster.now_ms += 60_000
+    cluster.core.on_tick(cluster.now_ms)
+    assert cluster.core.state_of(node.info.node_id) is NodeState.ALIVE
+    cluster.now_ms -= 5_000  # nor is a clock that goes back, whatever the caller's clock is
+    cluster.core.on_tick(cluster.now_ms)
+    assert node.announce() is OK
+
+
+def test_an_old_message_is_no_sign_of_life() -> None:
+    cluster = Cluster()
+    node = Node(cluster, "a").join()
+    announce = node.say([A])
+    node.send(announce)
+    for _ in range(4):
+        cluster.wait(250)
+        node.send(announce)
+    assert cluster.core.state_of(node.info.node_id) is NodeState.SUSPECT
+
+
+def test_heartbeats_are_rarer_in_a_large_cluster() -> None:
+    periods = [heartbeat_period_ms(count) for count in range(2_000)]
+    assert periods[1] == periods[10] == 200
+    assert periods[505] == 1_100
+    assert periods[1_000] == periods[1_999] == 2_000
+    assert periods == sorted(periods)
+
+
+def test_a_node_of_a_large_cluster_has_the_time_it_was_told() -> None:
+    cluster = Cluster()
+    nodes = [Node(cluster, f"n{i}") for i in range(110)]
+    for node in nodes:
+        cluster.core.on_hello(NodeHello(info=node.info, wall_clock_ms=0), cluster.now_ms)
+    period_ms = nodes[0].hello().heartbeat_period_ms
+    assert period_ms == 381
+    # Half of the cluster goes, and heartbeats may be more frequent again; but this node was told.
+    for node in nodes[1:]:
+        cluster.core.on_bye(node.info.node_id, node.info.epoch)
+    cluster.wait(3 * period_ms - TICK_MS)
+    assert cluster.core.state_of(nodes[0].info.node_id) is NodeState.ALIVE
+    cluster.wait(2 * TICK_MS)
+    assert cluster.core.state_of(nodes[0].info.node_id) is NodeState.SUSPECT
+    cluster.wait(5 * period_ms - 1_000)
+    assert cluster.core.state_of(nodes[0].info.node_id) is NodeState.BURIED
+
+
+def test_a_death_notice_or_a_bye_buries_that_epoch_and_no_later_one() -> None:
+    cluster = Cluster()
+    node = Node(cluster, "a", epoch=12).join(A)
+    cluster.core.on_node_dead(node.info.node_id, Epoch(11))
+    cluster.core.on_bye(NodeId("never heard of"), Epoch(11))
+    assert cluster.where(A) == [("a", 12, 1)]
+    cluster.core.on_bye(node.info.node_id, Epoch(12))
+    cluster.core.on_node_dead(node.info.node_id, Epoch(12))
+    cluster.core.check()
+    assert cluster.where(A) == []
+    assert node.announce() is BURIED
+    assert cluster.states() == [("a", NodeState.ALIVE), ("a", NodeState.BURIED)]
+
+
+# -- gaps and resync ---------------------------------------------------------------------------
+
+
+def test_a_gap_is_noticed_and_the_whole_set_replaces_what_was_known() -> None:
+    cluster = Cluster()
+    node, reader = Node(cluster, "a").join(A, B), Node(cluster, "b").join()
+    node.sequence += 1  # lost: B has been removed and C stored
+    assert node.announce(D) is RESYNC
+    assert node.announce() is RESYNC, "until it comes"
+    assert reader.locate(A, B, C, D) == [(0, "a", 1), (1, "a", 1), (3, "a", 1)]
+    assert node.part(1, A) is OK
+    assert node.part(2, C) is OK
+    assert reader.locate(A, B, C, D) == [(0, "a", 1), (1, "a", 1), (3, "a", 1)], "not in halves"
+    assert node.part(3, D, last=True) is OK
+    assert reader.locate(A, B, C, D) == [(0, "a", 1), (2, "a", 1), (3, "a", 1)]
+    assert node.announce() is OK
+
+
+def test_changes_during_a_resync_are_seen_at_once_and_outlive_it() -> None:
+    cluster = Cluster()
+    node, reader = Node(cluster, "a").join(A, B), Node(cluster, "b").join()
+    node.part(1, A)
+    node.announce(C, generation=5)
+    node.remove(A)
+    assert reader.locate(A, B, C) == [(1, "a", 1), (2, "a", 5)]
+    node.part(2, B, last=True)
+    assert reader.locate(A, B, C) == [(1, "a", 1), (2, "a", 5)]
+
+
+def test_a_part_made_from_an_older_copy_of_the_set_does_not_undo_changes() -> None:
+    cluster = Cluster()
+    node, reader = Node(cluster, "a").join(A, B, C), Node(cluster, "b").join()
+    node.part(1)  # the copy is taken here: A, B, C
+    node.remove(A, B)
+    node.announce(B, generation=6)
+    node.announce(C, generation=7)
+    assert node.part(2, A, B, C, last=True) is OK
+    assert reader.locate(A, B, C) == [(1, "a", 6), (2, "a", 7)]
+    assert node.announce(A, generation=8) is OK
+    assert reader.locate(A) == [(0, "a", 8)]
+    cluster.wait(250, node, reader)
+    assert cluster.core.snapshot()["catalogue"]["rows"] == 3
+
+
+def test_a_lost_announce_during_a_resync_begins_it_anew() -> None:
+    cluster = Cluster()
+    node, reader = Node(cluster, "a").join(A), Node(cluster, "b").join()
+    node.part(1, A)
+    node.sequence += 1  # lost: A has been removed
+    assert node.part(2, B, last=True) is RESYNC
+    assert reader.locate(A, B) == [(0, "a", 1)]
+    assert node.part(1, B, last=True) is OK
+    assert reader.locate(A, B) == [(1, "a", 1)]
+
+
+def test_parts_in_a_wrong_order_are_no_set() -> None:
+    cluster = Cluster()
+    node = Node(cluster, "a").join(A)
+    assert node.part(2, B, last=True) is RESYNC
+    node.part(1, B)
+    assert node.part(3, C, last=True) is RESYNC
+    assert cluster.where(A) == [("a", 10, 1)]
+    node.part(1, B)
+    assert node.part(1, C, last=True) is OK, "a second first part begins anew"
+    assert cluster.where(A) == cluster.where(B) == []
+    assert cluster.where(C) == [("a", 10, 1)]
+
+
+def test_announces_that_overtake_each_other_cost_a_resync_and_no_truth() -> None:
+    cluster = Cluster()
+    node = Node(cluster, "a").join()
+    early = node.say([A])
+    late = node.say(removes=[A])
+    assert node.send(late).status is RESYNC
+    assert node.send(early).status is RESYNC
+    assert cluster.where(A) == [], "the older of the two is void"
+    assert node.part(1, last=True) is OK
+
+
+def test_a_node_that_is_gone_takes_its_half_collected_set_along() -> None:
+    cluster = Cluster()
+    node = Node(cluster, "a").join(A)
+    node.part(1, A, B, C)
+    cluster.core.on_bye(node.info.node_id, node.info.epoch)
+    cluster.core.check()
+    cluster.wait(TICK_MS)
+    assert cluster.core.snapshot()["catalogue"]["rows"] == 0
+
+
+# -- roster and limits -------------------------------------------------------------------------
+
+
+def test_the_roster_is_sent_to_those_who_do_not_have_it() -> None:
+    cluster = Cluster()
+    node = Node(cluster, "a").join()
+    first = node.send(node.say())
+    node.roster_version = first.roster_version
+    assert first.roster == [node.info]
+    assert node.send(node.say()).roster is None
+    other = Node(cluster, "b").join()
+    assert node.send(node.say()).roster == [node.info, other.info]
+    cluster.core.on_bye(other.info.node_id, other.info.epoch)
+    assert node.send(node.say()).roster == [node.info]
+
+
+def test_a_roster_version_of_another_directory_says_nothing() -> None:
+    cluster = Cluster(term=2)
+    node = Node(cluster, "a").join()
+    node.roster_version = node.send(node.say()).roster_version
+    announce = msgspec.structs.replace(node.say(), term=Term(1))
+    assert node.send(announce).status is UNKNOWN
+
+
+def test_a_full_roster_admits_nobody_but_those_on_it() -> None:
+    cluster = Cluster(limits=DirectoryLimits(max_nodes=1))
+    node, other = Node(cluster, "a").join(A), Node(cluster, "b")
+    other.hello()
+    assert other.announce(B) is UNKNOWN
+    assert cluster.where(B) == []
+    again = Node(cluster, "a", epoch=11).join(B)
+    assert cluster.core.roster() == [again.info]
+    cluster.core.on_bye(node.info.node_id, again.info.epoch)
+    assert other.hello().roster == [other.info]
+
+
+def test_what_does_not_fit_is_not_listed_and_is_asked_for_when_there_is_room() -> None:
+    cluster = Cluster(limits=DirectoryLimits(max_entries=4))
+    first, second = Node(cluster, "a").join(A, B, C), Node(cluster, "b").join(A, B)
+    assert [len(cluster.where(key)) for key in (A, B, C)] == [2, 1, 1]
+    assert cluster.core.snapshot()["nodes"]["b"]["unlisted"] == 1
+    assert second.announce() is OK, "as long as there is no room there is nothing to be done"
+    first.remove(A, B, C)
+    assert second.announce() is RESYNC
+    assert second.part(1, A, B, last=True) is OK
+    assert [cluster.where(key) for key in (A, B)] == [[("b", 10, 1)]] * 2
+    assert cluster.core.snapshot()["nodes"]["b"]["unlisted"] == 0
+
+
+def test_a_removal_that_can_not_be_remembered_begins_the_resync_anew() -> None:
+    cluster = Cluster(limits=DirectoryLimits(max_entries=2))
+    node = Node(cluster, "a").join(A)
+    node.part(1, B)  # now the catalogue is full
+    assert node.remove(C) is RESYNC
+    assert cluster.where(A) == [("a", 10, 1)]
+
+
+def test_of_a_block_that_everybody_has_the_youngest_few_are_named() -> None:
+    cluster = Cluster()
+    nodes = [Node(cluster, f"n{i}").join(A, B) for i in range(MAX_SOURCES_PER_KEY + 4)]
+    nodes[1].remove(B)
+    located = nodes[-1].locate(A, B, C)
+    youngest = [f"n{i}" for i in reversed(range(len(nodes) - 1))][:MAX_SOURCES_PER_KEY]
+    assert [node for index, node, _ in located if index == 0] == youngest
+    assert [node for index, node, _ in located if index == 1] == youngest
+    assert len(cluster.where(B)) == len(nodes) - 1
+
+
+def test_the_snapshot_is_plain_data() -> None:
+    cluster = Cluster()
+    Node(cluster, "a").join(A)
+    Node(cluster, "b").hello(epoch=1, wall_clock_ms=9)
+    snapshot = cluster.core.snapshot()
+    assert json.loads(json.dumps(snapshot)) == snapshot
+    assert snapshot["nodes"]["a"]["entries"] == snapshot["entries"] == 1
+    assert snapshot["nodes"]["b"]["state"] == "expected"
