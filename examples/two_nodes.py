@@ -154,7 +154,9 @@ def show(result: dict[str, Any]) -> None:
     )
 
 
-def main(*, as_json: bool = typer.Option(False, "--json", help="end with one line of JSON")) -> None:
+def main(
+    *, as_json: bool = typer.Option(False, "--json", help="end with one line of JSON")
+) -> None:
     """Two Ray nodes, two engines, one document."""
     model = smollm2_folder()
     with console.status("starting a Ray cluster of two nodes and kvray on it"):

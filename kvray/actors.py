@@ -75,5 +75,5 @@ def alive_nodes() -> dict[str, dict[str, Any]]:
     """What Ray says of each node of its cluster that is alive, by node id. 0.4 ms."""
     import ray
 
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes: list[dict[str, Any]] = ray.nodes()
     return {node["NodeID"]: node for node in nodes if node["Alive"]}

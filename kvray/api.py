@@ -1,8 +1,8 @@
 """kvray.attach, kvray.enable and what they return.
 
-    attach(LLM)        ──▶ Attachment         at once: the engine runs already
-    attach(AsyncLLM)   ──▶ awaitable of it    await kvray.attach(engine)
-    enable()           ──▶ engines made after it in this process are kvray's from their start
+attach(LLM)        ──▶ Attachment         at once: the engine runs already
+attach(AsyncLLM)   ──▶ awaitable of it    await kvray.attach(engine)
+enable()           ──▶ engines made after it in this process are kvray's from their start
 """
 
 import asyncio
@@ -85,9 +85,7 @@ class Attachment:
 class AsyncAttachment:
     """kvray in one running AsyncLLM; the same as Attachment, awaited."""
 
-    def __init__(
-        self, call: Callable[..., Awaitable[Any]], cluster: "_cluster.Cluster"
-    ) -> None:
+    def __init__(self, call: Callable[..., Awaitable[Any]], cluster: "_cluster.Cluster") -> None:
         self._call = call
         self.cluster = cluster
         self._attached = True

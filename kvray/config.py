@@ -251,7 +251,7 @@ class EngineConfig:
         default=1_000, metadata=_by(_whole(1, MAX_DEADLINE_MS, "milliseconds"))
     )
     step_budget_ms: int = field(
-        default=10, metadata=_by(_whole(1, MAX_STEP_BUDGET_MS, "milliseconds"))
+        default=2, metadata=_by(_whole(1, MAX_STEP_BUDGET_MS, "milliseconds"))
     )
     model_tag: str = field(default="", metadata=_by(_text(MAX_TAG_CHARS)))
     store_answers: bool = field(default=True, metadata=_by(_flag))

@@ -1,109 +1,621 @@
-"""A Ray cluster of several nodes on this machine with kvray on it, for integration tests.
+"""NodeCores with everything around them played by the test: slabs, engines, directory, link, time.
 
-    with two_nodes() as nodes:
-        engine = start_engine(tiny(), folder=..., kv_transfer_config=nodes.transfer(0))
-
-The engines are plain processes beside the raylets, as `vllm serve` is: each is told which node it
-belongs to, since all nodes share one host here.
+The smallest cluster there can be: calls and reads are carried when the test says so (`settle`), a
+slab is a few arrays, and an engine's copy stamps the block with its key, so that whoever says HIT
+can be held to it. Everything a core says is done in order, as a shell would, and checked.
 """
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
-import ray
-from ray.cluster_utils import Cluster as RayCluster
+import numpy as np
 
-import kvray
-from kvray.config import socket_path
-from kvray.core.ids import BlockKey
-from kvray.engine.attach import transfer_settings
+from kvray.core.codec import decode, encode, pack_keys, pack_slots, unpack_slots
+from kvray.core.commands import (
+    AbandonRead,
+    CallDirectory,
+    ConnectPeer,
+    DisconnectPeer,
+    Drop,
+    Headers,
+    Log,
+    NewEpoch,
+    NodeCommand,
+    PostRead,
+    ReadKind,
+    Restart,
+    Send,
+    WatchProcess,
+    WriteClient,
+)
+from kvray.core.directory import DirectoryCore
+from kvray.core.effects import Effect, MarkGeneration, WriteExtent, WriteHeader
+from kvray.core.fetch import FetchLimits
+from kvray.core.ids import (
+    BlockKey,
+    ClientId,
+    Epoch,
+    Generation,
+    Namespace,
+    NodeId,
+    OpId,
+    ReadId,
+    Role,
+    SlabId,
+    SlotIndex,
+    SlotState,
+    Term,
+)
+from kvray.core.layout import EXTENT_DTYPE, SLOT_HEADER_DTYPE, Geometry
+from kvray.core.messages import (
+    MAX_CALL_BYTES,
+    Abandon,
+    Ack,
+    Announce,
+    AnnounceReply,
+    Bye,
+    Commit,
+    Grant,
+    Hello,
+    HelloReply,
+    KeyState,
+    LocalAnswer,
+    LocalRequest,
+    Locate,
+    LocateReply,
+    Lookup,
+    LookupReply,
+    LookupUpdate,
+    NodeHello,
+    NodeHelloReply,
+    NodeInfo,
+    Refused,
+    Report,
+    Reserve,
+    ReserveReply,
+    Unpin,
+)
+from kvray.core.node import NodeCore
+from kvray.core.store import StoreCore
 
-SLAB_BYTES = 256 << 20  # 240 chunks of the tiny model
-EXTENT_BYTES = 16 << 20
-READY_LIMIT_MS = 60_000  # two actor starts beside other work
-WAIT_LIMIT_S = 10.0  # an announce goes out within 5 ms; ten seconds are a busy machine
-POLL_S = 0.01
+BLOCK_BYTES = 4_096
+WALL_CLOCK_OFFSET_MS = 1_000_000
+Slot = tuple[SlotIndex, Generation, int]  # slot, generation, offset
 
 
-def wait_until(condition: Callable[[], bool], *, what: str, limit_s: float = WAIT_LIMIT_S) -> None:
-    """Polls until the condition holds, or fails saying what did not come."""
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not come within {limit_s:.0f} s"
-        time.sleep(POLL_S)
+def key(n: int) -> BlockKey:
+    return BlockKey(n.to_bytes(16, "big"))
 
 
-@dataclass(frozen=True)
-class Nodes:
-    """A running cluster. node_ids: Ray's, the head first."""
+def stamp(block: BlockKey, block_bytes: int = BLOCK_BYTES) -> bytes:
+    """What a block of this key holds."""
+    return block * (block_bytes // len(block))
 
-    cluster: kvray.Cluster
-    ray_cluster: RayCluster
-    node_ids: list[str]
 
-    def settings(self, index: int, **settings: Any) -> dict[str, Any]:
-        """EngineConfig of an engine that belongs to node `index`."""
-        ours = self.cluster.engine_settings()
-        return {**ours, "node_id": self.node_ids[index], **settings}
+class Slab:
+    """The file: it outlives its node."""
 
-    def transfer(self, index: int, **settings: Any) -> dict[str, Any]:
-        """kv_transfer_config of such an engine."""
-        return transfer_settings(self.settings(index, **settings))
+    def __init__(self, name: str, *, slot_count: int = 32) -> None:
+        extent_bytes = 64 * 1024
+        needed_bytes = Geometry(1 << 22, extent_bytes).smallest_slab_bytes
+        slab_bytes = needed_bytes + (slot_count // 16 - 1) * (extent_bytes + 2_048)
+        self.geometry = Geometry(slab_bytes, extent_bytes)
+        self.slab_id = SlabId(name.encode().ljust(16, b"."))
+        self.memory = bytearray(slab_bytes)
+        self.headers: Headers = np.zeros(self.geometry.slot_count, SLOT_HEADER_DTYPE)
+        self.extents: Headers = np.zeros(self.geometry.extent_count, EXTENT_DTYPE)
+        self.clients: dict[int, WriteClient] = {}
+        self.generation_mark = 0
+        self.epoch = 0
 
-    def store(self, index: int) -> Any:
-        """The NodeStore actor of node `index`."""
-        return self.cluster.node_store(self.node_ids[index])
+    def apply(self, effect: Effect | WriteClient) -> None:
+        if isinstance(effect, WriteHeader):
+            writers = {*self.clients, 0xFFFF}
+            assert effect.writer in writers or effect.state is SlotState.ABSENT, "writer unknown"
+            row = self.headers[effect.slot]
+            assert effect.state is not SlotState.READY or row["generation"] == effect.generation
+            row["generation"] = effect.generation
+            row["key"] = np.void(effect.key)
+            row["offset"] = effect.offset
+            row["bytes"] = effect.bytes
+            row["state"] = effect.state
+            row["origin"] = effect.origin
+            row["writer"] = effect.writer
+            row["extent_generation"] = effect.extent_generation
+        elif isinstance(effect, WriteExtent):
+            self.extents[effect.extent]["extent_generation"] = effect.extent_generation
+            self.extents[effect.extent]["slot_bytes"] = effect.slot_bytes
+        elif isinstance(effect, MarkGeneration):
+            self.generation_mark = effect.high_water
+        elif effect.client is None:
+            of_row = (self.headers["writer"] == effect.row) & (self.headers["state"] != 0)
+            held = self.headers["state"][of_row]
+            assert set(held.tolist()) <= {SlotState.READY}, "its slots are still being written"
+            del self.clients[effect.row]
+        else:
+            assert effect.row not in self.clients
+            self.clients[effect.row] = effect
 
-    def status(self, index: int) -> dict[str, Any]:
-        found: dict[str, Any] = ray.get(self.store(index).status.remote())
-        return found
+    def state(self, slot: SlotIndex) -> SlotState:
+        return SlotState(int(self.headers[slot]["state"]))
 
-    def block(self, index: int, key: BlockKey) -> bytes | None:
-        """The payload of a READY block in the slab of node `index`, copied."""
-        found: bytes | None = ray.get(self.store(index).block_bytes.remote(key))
-        return found
+    def states(self) -> dict[SlotState, int]:
+        return {
+            state: count
+            for state in SlotState
+            if state and (count := int((self.headers["state"] == state).sum()))
+        }
 
-    def keys(self, index: int) -> list[BlockKey]:
-        """Of all READY blocks of node `index`."""
-        return [BlockKey(key) for key in ray.get(self.store(index).block_keys.remote())]
+    def block(self, offset: int, block_bytes: int = BLOCK_BYTES) -> bytes:
+        return bytes(self.memory[offset : offset + block_bytes])
 
-    def socket_path(self, index: int) -> str:
-        return socket_path(None, self.cluster.config.cluster_name, self.node_ids[index])
 
-    def wait_unpinned(self, index: int) -> None:
-        """Until no request holds a slot of node `index` any more."""
-        wait_until(lambda: not self.status(index)["store"]["pins"], what="the end of all pins")
+@dataclass
+class Row:
+    """A row of the table of clients, as a restart reads it."""
 
-    def wait_listed(self, keys: list[BlockKey]) -> None:
-        """Until the directory knows where each of these is."""
-        wait_until(
-            lambda: all(self.cluster.where(keys).values()),
-            what=f"the announcement of {len(keys)} blocks",
+    row: int
+    client: ClientId
+    role: Role
+    engine_nonce: int
+
+
+class Node:
+    """A NodeCore and its shell."""
+
+    def __init__(
+        self, cluster: "Cluster", name: str, slab: Slab, *, limits: FetchLimits | None = None
+    ) -> None:
+        self.cluster = cluster
+        self.name = name
+        self.slab = slab
+        now_ms = cluster.now_ms
+        slab.epoch = max(slab.epoch + 1, now_ms + WALL_CLOCK_OFFSET_MS)
+        store = StoreCore(slab.geometry, generation_mark=slab.generation_mark)
+        store.adopt(slab.extents.copy(), slab.headers.copy(), now_ms=now_ms)
+        rows = [
+            Row(row, entry.client, entry.role, entry.engine_nonce)
+            for row, entry in slab.clients.items()
+            if entry.client is not None
+        ]
+        self.sent: dict[int, list[LocalAnswer]] = {}
+        self.dropped: dict[int, str] = {}
+        self.watched: set[tuple[int, int]] = set()
+        self.calls: dict[int, CallDirectory] = {}
+        self.reads: dict[ReadId, PostRead] = {}
+        self.abandoned: set[ReadId] = set()
+        self.connected: dict[NodeId, NodeInfo] = {}
+        self.lines: list[Log] = []
+        self.restarts: list[str] = []
+        self.renames: list[Epoch] = []
+        self.core = NodeCore(
+            self._info(Epoch(slab.epoch)),
+            store,
+            clients=rows,
+            wall_clock_offset_ms=WALL_CLOCK_OFFSET_MS,
+            now_ms=now_ms,
+            fetch_limits=limits,
+        )
+        self.do(self.core.start(now_ms))
+
+    def _info(self, epoch: Epoch) -> NodeInfo:
+        geometry = self.slab.geometry
+        return NodeInfo(
+            node_id=NodeId(self.name),
+            epoch=epoch,
+            link_name=f"{self.name}.{epoch}",
+            link_metadata=b"",
+            slab_id=self.slab.slab_id,
+            slab_address=0,
+            slab_bytes=geometry.slab_bytes,
+            extent_bytes=geometry.extent_bytes,
+            host="here",
+            kvray_version="0",
+            format_version=1,
         )
 
+    # -- events ----------------------------------------------------------------------------------
 
-@contextmanager
-def running_nodes(
-    count: int = 2, *, slab_bytes: int = SLAB_BYTES, extent_bytes: int = EXTENT_BYTES
-) -> Iterator[Nodes]:
-    """A cluster of `count` nodes with a NodeStore on each; all of it is gone afterwards."""
-    ray_cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 2})
-    try:
-        for _ in range(count - 1):
-            ray_cluster.add_node(num_cpus=2)
-        ray_cluster.wait_for_nodes()
-        ray.init(address=ray_cluster.address, log_to_driver=False, logging_level="warning")
-        cluster = kvray.start(kvray.Config(slab_bytes=slab_bytes, extent_bytes=extent_bytes))
-        try:
-            cluster.wait_ready(node_count=count, deadline_ms=READY_LIMIT_MS)
-            head = ray.get_runtime_context().get_node_id()
-            others = [n["NodeID"] for n in ray.nodes() if n["NodeID"] != head]
-            yield Nodes(cluster, ray_cluster, [head, *others])
-        finally:
-            cluster.stop()
-    finally:
-        ray.shutdown()
-        ray_cluster.shutdown()
+    def hear(self, session_id: int, message: LocalRequest) -> list[LocalAnswer]:
+        """What it answers this session at once."""
+        before = len(self.sent.get(session_id, []))
+        self.do(self.core.on_message(session_id, message, self.cluster.now_ms))
+        return self.sent.get(session_id, [])[before:]
+
+    def tick(self) -> None:
+        self.do(self.core.on_tick(self.cluster.now_ms))
+        due_ms = self.core.next_deadline_ms()
+        assert due_ms is None or due_ms > self.cluster.now_ms, "something due was left"
+
+    def answer_call(self, call_id: int) -> None:
+        """The directory gets the call, and its answer comes back, both through the codec."""
+        call = self.calls.pop(call_id)
+        reply = self.cluster.ask(call.message)
+        if reply is None:
+            self.fail_call_of(call_id)
+        else:
+            self.do(self.core.on_directory_reply(call_id, reply, self.cluster.now_ms))
+
+    def fail_call_of(self, call_id: int) -> None:
+        self.calls.pop(call_id, None)
+        self.do(self.core.on_directory_failed(call_id, self.cluster.now_ms))
+
+    def end_read(self, read_id: ReadId, *, ok: bool = True) -> None:
+        """A read ends now: bytes or headers are copied out of the peer's slab as it is now."""
+        read = self.reads.pop(read_id)
+        self.abandoned.discard(read_id)
+        peer = self.cluster.nodes.get(read.node_id)
+        is_there = peer is not None and peer.core.info.epoch == read.epoch
+        if not (ok and is_there and peer is not None):
+            self.do(self.core.on_read_done(read_id, ok=False, now_ms=self.cluster.now_ms))
+        elif read.kind is ReadKind.PAYLOAD:
+            for source, target, piece_bytes in zip(
+                read.remote_offsets.tolist(),
+                read.local_offsets.tolist(),
+                read.bytes.tolist(),
+                strict=True,
+            ):
+                self.slab.memory[target : target + piece_bytes] = peer.slab.memory[
+                    source : source + piece_bytes
+                ]
+            self.do(self.core.on_read_done(read_id, ok=True, now_ms=self.cluster.now_ms))
+        else:
+            table_offset = peer.slab.geometry.slot_table_offset
+            slots = (read.remote_offsets - np.uint64(table_offset)) // np.uint64(64)
+            rows = peer.slab.headers[slots].copy()
+            self.do(self.core.on_headers(read_id, rows, self.cluster.now_ms))
+
+    def process_gone(self, client_id: ClientId) -> None:
+        """A process ends, and its pidfd says so; also to a node that starts later."""
+        self.cluster.dead.add((client_id.pid, client_id.start_ticks))
+        self.do([])
+
+    # -- doing what the core says ----------------------------------------------------------------
+
+    def do(self, commands: Sequence[NodeCommand]) -> None:
+        effects_are_over = False
+        for command in commands:
+            is_effect = isinstance(command, (WriteHeader, WriteExtent, MarkGeneration, WriteClient))
+            assert not (is_effect and effects_are_over), "an effect after what relies on it"
+            effects_are_over = not is_effect
+            self._do(command)
+        self.core.check()
+        for pid, start_ticks in self.watched & self.cluster.dead:
+            self.watched.discard((pid, start_ticks))
+            self.do(self.core.on_process_gone(pid, start_ticks, self.cluster.now_ms))
+
+    def _do(self, command: NodeCommand) -> None:  # noqa: C901, PLR0912
+        match command:
+            case WriteHeader() | WriteExtent() | MarkGeneration() | WriteClient():
+                self.slab.apply(command)
+            case Send(session_id, message, with_fd):
+                assert with_fd == isinstance(message, HelloReply)
+                encode(message)  # asserts that the other side would take it
+                self.sent.setdefault(session_id, []).append(message)
+            case Drop(session_id, reason):
+                self.dropped[session_id] = reason
+            case WatchProcess(pid, start_ticks):
+                self.watched.add((pid, start_ticks))
+            case CallDirectory(call_id):
+                encode(command.message)
+                assert call_id not in self.calls
+                self.calls[call_id] = command
+            case ConnectPeer(info):
+                assert info.node_id not in self.connected
+                self.connected[info.node_id] = info
+            case DisconnectPeer(node_id, epoch):
+                assert self.connected.pop(node_id).epoch == epoch
+                left = {
+                    r for r, p in self.reads.items() if (p.node_id, p.epoch) == (node_id, epoch)
+                }
+                assert left <= self.abandoned, "a read of a peer that is disconnected"
+            case NewEpoch(epoch):
+                assert not self.connected
+                assert epoch > self.slab.epoch
+                self.renames.append(epoch)
+                self.slab.epoch = epoch
+            case PostRead(read_id, node_id, epoch):
+                assert self.connected[node_id].epoch == epoch
+                for offset in command.local_offsets.tolist():
+                    row = self.slab.headers[self.slab.headers["offset"] == offset]
+                    assert SlotState.WRITING in row["state"], (
+                        "reads into a slot that is not its own"
+                    )
+                self.reads[read_id] = command
+            case AbandonRead(read_id):
+                assert read_id in self.reads
+                self.abandoned.add(read_id)
+            case Log():
+                self.lines.append(command)
+            case Restart(reason):
+                self.restarts.append(reason)
+
+    def finish_renames(self) -> None:
+        while self.renames:
+            epoch = self.renames.pop()
+            self.do(self.core.on_renamed(self._info(epoch), self.cluster.now_ms))
+
+
+@dataclass
+class Cluster:
+    """Time, the directory and all nodes."""
+
+    now_ms: int = 0
+    directory: DirectoryCore | None = None
+    nodes: dict[NodeId, Node] = field(default_factory=dict)
+    link_is_up: bool = True
+    dead: set[tuple[int, int]] = field(default_factory=set)  # processes, by pid and start
+    terms: int = 1
+    next_session: int = 1
+    next_pid: int = 100
+
+    @classmethod
+    def of(cls, *names: str, slot_count: int = 32, limits: FetchLimits | None = None) -> "Cluster":
+        """Nodes that have joined and know each other."""
+        cluster = cls(directory=DirectoryCore(Term(1)))
+        for name in names:
+            cluster.start(name, Slab(name, slot_count=slot_count), limits=limits)
+        cluster.pass_ms(500)
+        return cluster
+
+    def __getitem__(self, name: str) -> Node:
+        return self.nodes[NodeId(name)]
+
+    def start(self, name: str, slab: Slab, *, limits: FetchLimits | None = None) -> Node:
+        node = self.nodes[NodeId(name)] = Node(self, name, slab, limits=limits)
+        return node
+
+    def kill(self, name: str) -> Slab:
+        """kill -9: only the slab is left. Its engines see their sessions end by themselves."""
+        return self.nodes.pop(NodeId(name)).slab
+
+    def restart_directory(self) -> None:
+        self.terms += 1
+        self.directory = DirectoryCore(Term(self.terms))
+
+    def ask(self, message: object) -> NodeHelloReply | AnnounceReply | LocateReply | None:
+        if self.directory is None:
+            return None
+        reply: NodeHelloReply | AnnounceReply | LocateReply
+        if isinstance(message, NodeHello):
+            reply = self.directory.on_hello(message, self.now_ms)
+        elif isinstance(message, Announce):
+            reply = self.directory.on_announce(message, self.now_ms)
+        else:
+            assert isinstance(message, Locate)
+            reply = self.directory.on_locate(message, self.now_ms)
+        return decode(
+            encode(reply),
+            max_bytes=MAX_CALL_BYTES,
+            expect=NodeHelloReply | AnnounceReply | LocateReply,  # type: ignore[arg-type]
+        )
+
+    def settle(self) -> None:
+        """Carry calls and reads until nobody says anything more at this moment."""
+        while True:
+            busy = False
+            for node in list(self.nodes.values()):
+                node.finish_renames()
+                for call_id in sorted(node.calls):
+                    node.answer_call(call_id)
+                    busy = True
+                for read_id in sorted(node.reads) if self.link_is_up else ():
+                    node.end_read(read_id)
+                    busy = True
+                node.tick()
+                busy = busy or bool(node.calls)
+            if not busy:
+                return
+
+    def pass_ms(self, duration_ms: int) -> None:
+        """Let time pass from one deadline to the next."""
+        end_ms = self.now_ms + duration_ms
+        while True:
+            self.settle()
+            due = [at for n in self.nodes.values() if (at := n.core.next_deadline_ms()) is not None]
+            self.now_ms = min([end_ms, *due])
+            if self.directory is not None:
+                self.directory.on_tick(self.now_ms)
+            if self.now_ms == end_ms:
+                self.settle()
+                return
+
+
+class Engine:
+    """An EngineCore with its workers in the same process, unless worker() makes others."""
+
+    def __init__(self, node: Node, *, pid: int | None = None) -> None:
+        self.node = node
+        cluster = node.cluster
+        cluster.next_pid += 1
+        pid = cluster.next_pid if pid is None else pid
+        self.client_id = ClientId(pid, 1, cluster.next_pid)
+        self.session_id = 0
+        self.ops = 0
+        self.states: dict[OpId, bytearray] = {}
+        self.places: dict[OpId, dict[int, Slot]] = {}
+        self.keys: dict[OpId, list[BlockKey]] = {}
+        self.seen = 0
+        self.reserved: dict[BlockKey, Slot] = {}
+        self.hello()
+
+    # -- saying ----------------------------------------------------------------------------------
+
+    def hello(
+        self,
+        writing: Iterable[Slot] = (),
+        *,
+        node: Node | None = None,
+        slab_id: SlabId | None = None,
+    ) -> HelloReply | None:
+        """Connect, or connect again. None if it was dropped."""
+        self.node = node or self.node
+        cluster = self.node.cluster
+        self.session_id = cluster.next_session
+        cluster.next_session += 1
+        self.seen = 0
+        hello = Hello(
+            self._op(),
+            self.client_id,
+            Role.ENGINE,
+            self.client_id.nonce,
+            Namespace(b"n" * 16),
+            "a model",
+            slab_id or self.node.slab.slab_id,
+            pack_slots((slot, generation, 0) for slot, generation, _ in writing),
+        )
+        answers = self.node.hear(self.session_id, hello)
+        if not answers:
+            assert self.session_id in self.node.dropped
+            return None
+        (reply,) = answers
+        assert isinstance(reply, HelloReply)
+        return reply
+
+    def lookup(
+        self,
+        *runs: Sequence[BlockKey],
+        prefix: bool = True,
+        within_ms: int = 1_000,
+        fetch: bool = True,
+        block_bytes: int = BLOCK_BYTES,
+        op: OpId | None = None,
+    ) -> OpId:
+        op = op or self._op()
+        self.keys[op] = [k for run in runs for k in run]
+        message = Lookup(
+            op,
+            pack_keys(self.keys[op]),
+            [len(run) for run in runs],
+            [prefix] * len(runs),
+            [block_bytes] * len(runs),
+            within_ms,
+            fetch,
+        )
+        self.say(message)
+        return op
+
+    def unpin(self, op: OpId) -> None:
+        (answer,) = self.say(Unpin(self._op(), op))
+        assert isinstance(answer, Ack)
+
+    def reserve(self, *keys: BlockKey, block_bytes: int = BLOCK_BYTES) -> bytes:
+        """The grants. What was granted is in `reserved`."""
+        op = self._op()
+        reserve = Reserve(op, pack_keys(keys), [len(keys)], [block_bytes])
+        (reply,) = [a for a in self.say(reserve) if isinstance(a, ReserveReply)]
+        places = iter(unpack_slots(reply.slots))
+        for k, grant in zip(keys, reply.grants, strict=True):
+            if grant == Grant.GRANTED:
+                self.reserved[k] = next(places)
+        self.last_reserve = op
+        return reply.grants
+
+    def write(self, *keys: BlockKey) -> None:
+        for k in keys:
+            _, _, offset = self.reserved[k]
+            self.node.slab.memory[offset : offset + BLOCK_BYTES] = stamp(k)
+
+    def commit(self, *keys: BlockKey) -> None:
+        slots = [self.reserved.pop(k) for k in keys]
+        self.say(Commit(self._op(), self.node.slab.slab_id, pack_slots(slots)))
+
+    def abandon(self, *keys: BlockKey) -> None:
+        slots = [self.reserved.pop(k) for k in keys]
+        self.say(Abandon(self._op(), self.node.slab.slab_id, pack_slots(slots)))
+
+    def store(self, *keys: BlockKey) -> None:
+        """A prefill: reserve, copy, commit what was granted."""
+        self.reserve(*keys)
+        granted = [k for k in keys if k in self.reserved]
+        self.write(*granted)
+        self.commit(*granted)
+
+    def report(self, **counters: int) -> None:
+        self.say(Report(self._op(), counters))
+
+    def bye(self) -> None:
+        self.say(Bye(self._op()))
+
+    def lose_session(self) -> None:
+        self.node.do(self.node.core.on_session_closed(self.session_id, self.node.cluster.now_ms))
+
+    def die(self) -> None:
+        self.node.process_gone(self.client_id)
+
+    def say(self, message: LocalRequest) -> list[LocalAnswer]:
+        answers = self.node.hear(self.session_id, message)
+        self.listen()
+        return answers
+
+    def _op(self) -> OpId:
+        self.ops += 1
+        return OpId(self.ops)
+
+    # -- hearing ---------------------------------------------------------------------------------
+
+    def listen(self) -> None:
+        """Take in what has come, as the client does, and hold every HIT to its bytes."""
+        answers = self.node.sent.get(self.session_id, [])
+        for answer in answers[self.seen :]:
+            if isinstance(answer, LookupReply):
+                states = bytearray(answer.states)
+                self.states[answer.op] = states
+                hits = [i for i, state in enumerate(states) if state == KeyState.HIT]
+                self._take(answer.op, hits, answer.slots)
+            elif isinstance(answer, LookupUpdate) and answer.op in self.states:
+                states = self.states[answer.op]
+                hits = []
+                for i, state in zip(answer.indices, answer.states, strict=True):
+                    assert states[i] == KeyState.WAIT, "settled twice"
+                    states[i] = state
+                    if state == KeyState.HIT:
+                        hits.append(i)
+                self._take(answer.op, hits, answer.slots)
+        self.seen = len(answers)
+
+    def _take(self, op: OpId, hits: list[int], slots: bytes) -> None:
+        rows = unpack_slots(slots)
+        assert len(rows) == len(hits)
+        for i, row in zip(hits, rows, strict=True):
+            self.places.setdefault(op, {})[i] = row
+            self.assert_holds(self.keys[op][i], row)
+
+    def assert_holds(self, block: BlockKey, row: Slot) -> None:
+        slot, generation, offset = row
+        header = self.node.slab.headers[slot]
+        assert header["state"] == SlotState.READY
+        assert header["generation"] == generation
+        assert header["offset"] == offset
+        assert header["key"].tobytes() == block
+        assert self.node.slab.block(offset) == stamp(block), "a HIT with other bytes"
+
+    def answer(self, op: OpId) -> str:
+        """The states of a lookup, a letter each."""
+        self.listen()
+        return "".join("mhw"[state] for state in self.states[op])
+
+    def refusals(self) -> list[str]:
+        answers = self.node.sent.get(self.session_id, [])
+        return [answer.reason for answer in answers if isinstance(answer, Refused)]
+
+
+def worker_of(engine: Engine) -> ClientId:
+    """A worker in a process of its own, that has said hello and mapped the slab."""
+    cluster = engine.node.cluster
+    cluster.next_pid += 1
+    client_id = ClientId(cluster.next_pid, 1, cluster.next_pid)
+    session_id = cluster.next_session
+    cluster.next_session += 1
+    hello = Hello(
+        OpId(1),
+        client_id,
+        Role.WORKER,
+        engine.client_id.nonce,
+        Namespace(b""),
+        "rank 0",
+        SlabId(b""),
+    )
+    (reply,) = engine.node.hear(session_id, hello)
+    assert isinstance(reply, HelloReply)
+    return client_id

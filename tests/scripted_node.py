@@ -8,6 +8,7 @@ thread with its selectors loop, and a script instead of a NodeCore.
 
 import os
 import selectors
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -85,9 +86,8 @@ class ScriptedNode:
     def __init__(self, path: Path, *, slab_id: bytes = b"S" * 16, epoch: int = 1) -> None:
         self.slab_id, self.epoch = SlabId(slab_id), Epoch(epoch)
         self.slab_fd = make_slab(self.slab_id)
-        self.script: dict[
-            type[Any], Callable[[Any], LocalAnswer | Sequence[LocalAnswer] | None]
-        ] = {
+        # None: no answer. A list: several.
+        self.script: dict[type[Any], Callable[[Any], Any]] = {
             Hello: self.welcome,
             Lookup: all_hits,
             Reserve: all_granted,
@@ -103,6 +103,7 @@ class ScriptedNode:
         self.server = LocalServer(str(path))
         self._thread = threading.Thread(target=self._run, name="scripted-node")
         self._thread.start()
+        self.call(lambda: None)  # from here on it has all its descriptors
 
     def welcome(self, hello: Hello) -> HelloReply:
         return HelloReply(
@@ -143,13 +144,26 @@ class ScriptedNode:
         """To the newest session."""
         self.call(lambda: self.server.send(self.sessions[-1], message))
 
-    def drop(self, reason: str = "the test says so") -> None:
+    def hang_up(self) -> None:
+        """The newest session's connection breaks; nothing is said."""
+
+        def shut_down() -> None:
+            self.server._sessions[self.sessions[-1]].sock.shutdown(socket.SHUT_RDWR)  # noqa: SLF001
+
+        self.call(shut_down)
+
+    def drop(self, reason: str) -> None:
         self.call(lambda: self.server.drop(self.sessions[-1], reason))
 
     def call(self, act: Callable[[], None]) -> None:
         """Do something on the server's thread; returns when it is done."""
         done = threading.Event()
-        self._calls.append(lambda: (act(), done.set())[0])
+
+        def call() -> None:
+            act()
+            done.set()
+
+        self._calls.append(call)
         os.eventfd_write(self._wake_fd, 1)
         assert done.wait(PATIENCE_S)
 
@@ -195,21 +209,24 @@ class ScriptedNode:
 
     def _take(self, events: Sequence[SessionOpened | MessageReceived | SessionClosed]) -> None:
         for event in events:
-            match event:
-                case SessionOpened():
-                    self.sessions.append(event.session_id)
-                case MessageReceived():
-                    self._answer(event.session_id, event.message)
-            with self._changed:
-                if isinstance(event, MessageReceived):
-                    self.heard.append(event.message)
-                elif isinstance(event, SessionClosed):
-                    self.closed.append(event)
+            with self._changed:  # before the answer: whoever has it finds the question here
+                match event:
+                    case SessionOpened():
+                        self.sessions.append(event.session_id)
+                    case MessageReceived():
+                        self.heard.append(event.message)
+                    case SessionClosed():
+                        self.closed.append(event)
                 self._changed.notify_all()
+            if isinstance(event, MessageReceived):
+                self._answer(event.session_id, event.message)
 
     def _answer(self, session_id: SessionId, message: LocalRequest) -> None:
-        answer = self.script.get(type(message), lambda m: Ack(m.op))(message)
-        answers = [] if answer is None else answer if isinstance(answer, list) else [answer]
+        act = self.script.get(type(message))
+        answer = Ack(message.op) if act is None else act(message)
+        answers: list[LocalAnswer | None] = answer if isinstance(answer, list) else [answer]
         for one in answers:
+            if one is None:
+                continue
             fd = self.slab_fd if isinstance(one, HelloReply) else None
             self.server.send(session_id, one, fd)

@@ -130,11 +130,12 @@ class Cluster:
         """How each node is, now. Raises NodeLostError if the directory does not answer."""
         seen = self._ask("status")
         alive = {node_id: node["NodeManagerHostname"] for node_id, node in alive_nodes().items()}
-        listed = {node["node_id"]: node for node in seen["nodes"]}
+        listed = seen["nodes"]
         answers = self._ask_node_stores("status", list(alive))
         return ClusterStatus(
             cluster_name=self.name,
             term=seen["term"],
+            roster_version=seen["roster_version"],
             nodes=tuple(
                 node_status(node_id, alive.get(node_id), listed.get(node_id), answers.get(node_id))
                 for node_id in sorted({*alive, *listed})
@@ -253,25 +254,24 @@ class Cluster:
         end_s = time.monotonic() + deadline_s
         said: dict[str, str] = {}
         while True:
-            nodes = self.status().nodes
-            for node in nodes:
+            status = self.status()
+            for node in status.nodes:
                 line = progress_line(node)
                 if progress is not None and said.get(node.node_id) != line:
                     progress(line)
                 said[node.node_id] = line
             if insists:
-                raise_failures(nodes)
-            ready = sum(node.state is NodeState.READY for node in nodes)
-            waiting = sum(node.state is NodeState.STARTING for node in nodes)
-            if node_count is not None and ready >= node_count:
+                raise_failures(status.nodes)
+            ready_count = sum(node.is_settled(status.roster_version) for node in status.nodes)
+            waiting = [node for node in status.nodes if node.may_settle(status.roster_version)]
+            if node_count is not None and ready_count >= node_count:
                 return
-            if node_count is None and nodes and not waiting:
+            if node_count is None and status.nodes and not waiting:
                 return
             if time.monotonic() >= end_s:
-                lines = "; ".join(said.values()) or "no Ray node has been given a NodeStore yet"
                 raise NodeLostError(
-                    f"after {deadline_s:.0f} s {ready} of {node_count or len(nodes)} nodes of "
-                    f"kvray cluster {self.name!r} are ready: {lines}"
+                    f"after {deadline_s:.0f} s {ready_count} of {node_count or len(status.nodes)} "
+                    f"nodes of kvray cluster {self.name!r} are ready: {'; '.join(said.values())}"
                 )
             time.sleep(LOOK_PERIOD_S)
 

@@ -90,7 +90,7 @@ def sweep(settings: dict[str, object], node_ids: Sequence[str], deadline_s: floa
     """Clean up after NodeStores that could not do it themselves; what is left, for people."""
     if not node_ids:
         return []
-    from kvray.node.actor import clean_up
+    from kvray.node.opening import clean_up
 
     task = ray.remote(clean_up)
     answers = gather(

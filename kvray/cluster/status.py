@@ -40,8 +40,25 @@ class NodeStatus:
     block_count: int
     client_count: int
     pid: int
+    peer_count: int  # nodes that it has a connection to
     problem: str
     details: dict[str, Any]
+
+    def is_settled(self, roster_version: int) -> bool:
+        """It serves, knows the roster of that version, and has tried to connect to all on it."""
+        return self.state is NodeState.READY and (
+            not self.details
+            or (
+                self.details["roster_version"] == roster_version
+                and not self.details["peers_connecting"]
+            )
+        )
+
+    def may_settle(self, roster_version: int) -> bool:
+        """It is worth waiting for."""
+        return self.state in (NodeState.STARTING, NodeState.READY) and not self.is_settled(
+            roster_version
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +70,15 @@ class Location:
     slot: int
     generation: int
     bytes: int
+    origin: int  # Origin: 1 is a copy that was fetched from a peer
+    suspect: bool  # its node has been silent for a while
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
     cluster_name: str
-    term: int
+    term: int  # of the directory: another one after it was restarted
+    roster_version: int
     nodes: tuple[NodeStatus, ...]
 
     def to_frame(self) -> "pd.DataFrame":
@@ -97,6 +117,7 @@ def node_status(
         block_count=own.get("block_count", 0),
         client_count=own.get("client_count", 0),
         pid=own.get("pid", 0),
+        peer_count=own.get("peers_connected", 0),
         problem=problem.get("text", ""),
         details=dict(own),
     )
@@ -108,10 +129,11 @@ def _judge(
     phase = answer["phase"] if answer is not None else None
     if phase == "failed":
         return NodeState.FAILED
-    if listed is None or listed["state"] == "buried":
-        return NodeState.STARTING if host is not None else NodeState.LOST
-    if listed["state"] == "suspect":
+    known = listed["state"] if listed is not None else "unknown"
+    if known == "suspect":
         return NodeState.SUSPECT
+    if known != "alive":
+        return NodeState.STARTING if host is not None else NodeState.LOST
     return NodeState.READY if phase in ("serving", None) else NodeState.STARTING
 
 

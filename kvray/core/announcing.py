@@ -12,6 +12,7 @@ has been drained from the store is lost, whatever happens to a call.
 Locates are not made here: they do not wait for one another.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -280,6 +281,10 @@ class Announcing:
         return []
 
     def _begin_resync(self, now_ms: int) -> None:
+        """The set stands for every change up to now. They are drained, since an add that has not
+        been announced would cancel with its remove, and the directory would keep it from the set.
+        """
+        self._store.drain_changes(sys.maxsize)
         self._set = list(self._store.entries())
         self._set_sent = self._part = 0
         self._next_ms = now_ms

@@ -28,6 +28,7 @@ from kvray.core.messages import Hello
 # A session that breaks comes back within seconds (client.py retries after 1 to 5 s). An engine
 # that does not is hung or detached badly: its pins must not keep blocks for as long as it lives.
 SESSION_GRACE_MS = 30_000
+NO_NAMESPACE = Namespace(b"")
 MAX_COUNTER_NAMES = 64  # kept of an engine's reports; it sends a dozen
 
 
@@ -63,7 +64,7 @@ class Client:
     engine_nonce: int
     state: ClientState
     session_id: int | None = None
-    namespace: Namespace = Namespace(b"")
+    namespace: Namespace = NO_NAMESPACE
     label: str = ""
     writing: dict[SlotIndex, OpId] = field(default_factory=dict)  # reserved, by which Reserve
     counters: dict[str, int] = field(default_factory=dict)
@@ -71,6 +72,15 @@ class Client:
     @property
     def is_engine(self) -> bool:
         return self.role is Role.ENGINE
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """write: for a new row. replaced: the session that was the client's until now."""
+
+    client: Client
+    write: WriteClient | None
+    replaced: int | None
 
 
 class Clients:
@@ -105,7 +115,10 @@ class Clients:
             client
             for client in self._by_id.values()
             if client.state is not ClientState.GONE
-            and (client is engine or (not client.is_engine and client.engine_nonce == engine.engine_nonce))
+            and (
+                client is engine
+                or (not client.is_engine and client.engine_nonce == engine.engine_nonce)
+            )
         ]
 
     def gone_engines(self) -> list[Client]:
@@ -114,15 +127,15 @@ class Clients:
 
     # -- changes ---------------------------------------------------------------------------------
 
-    def admit(self, session_id: int, hello: Hello) -> tuple[Client, list[WriteClient]] | str:
+    def admit(self, session_id: int, hello: Hello) -> Admission | str:
         """A hello. A client that is known keeps its row; an older session of it is forgotten.
         Returns the reason if it can not be admitted.
         """
-        if session_id in self._by_session:
-            if self._by_session[session_id].client_id != hello.client:
-                return "this session has said hello as another client"
+        other = self._by_session.get(session_id)
+        if other is not None and other.client_id != hello.client:
+            return "this session has said hello as another client"
         client = self._by_id.get(hello.client)
-        writes: list[WriteClient] = []
+        write = None
         if client is None:
             if not self._free_rows:
                 return f"{MAX_CLIENTS} clients use this slab already; more can not be"
@@ -134,19 +147,18 @@ class Clients:
                 ClientState.LAPSED,
             )
             self._by_id[hello.client] = client
-            writes.append(
-                WriteClient(client.row, hello.client, hello.role, hello.engine_nonce)
-            )
+            write = WriteClient(client.row, hello.client, hello.role, hello.engine_nonce)
         elif (client.role, client.engine_nonce) != (hello.role, hello.engine_nonce):
             return "this client has said hello with another role or engine before"
-        if client.session_id is not None:
-            del self._by_session[client.session_id]
+        replaced = client.session_id if client.session_id != session_id else None
+        if replaced is not None:
+            del self._by_session[replaced]
         client.session_id = session_id
         client.namespace, client.label = hello.namespace, hello.label
         client.state = ClientState.OPEN
         self._by_session[session_id] = client
         self._silent.discard(client.client_id)
-        return client, writes
+        return Admission(client, write, replaced)
 
     def close(self, session_id: int, now_ms: int) -> Client | None:
         """A session has ended; its client, if it was its session until now."""
@@ -215,7 +227,8 @@ class Clients:
             assert client.client_id == client_id
             is_open = client.state is ClientState.OPEN
             assert is_open == (client.session_id is not None)
-            assert not is_open or self._by_session.get(client.session_id or 0) is client
+            if client.session_id is not None:
+                assert self._by_session.get(client.session_id) is client
             assert (client.state is ClientState.SILENT) == (client_id in self._silent)
             has_slots = client.state in (ClientState.OPEN, ClientState.SILENT)
             assert has_slots or not client.writing, "slots of somebody who lapsed or is gone"

@@ -80,6 +80,14 @@ class FetchCore:
         """Whether this block is being fetched."""
         return key in self._fetches
 
+    def wanted_by(self, waiter: Waiter) -> list[BlockKey]:
+        """What this waiter waits for."""
+        return self._waits.keys_of(waiter)
+
+    def waiters(self) -> list[Waiter]:
+        """All who wait for something."""
+        return self._waits.waiters()
+
     # -- waiters ---------------------------------------------------------------------------------
 
     def want(

@@ -56,10 +56,10 @@ class Origin(IntEnum):
 class SlotState(IntEnum):
     """The life of a slot, as its header in the slab says it.
 
-        ABSENT ──reserve──▶ WRITING ──commit──▶ READY ──evict──▶ ABSENT
-                               │
-                               ├──abandon, every writer has reported──▶ ABSENT
-                               └──its writer may still be at work──▶ QUARANTINE ──gone──▶ ABSENT
+    ABSENT ──reserve──▶ WRITING ──commit──▶ READY ──evict──▶ ABSENT
+                           │
+                           ├──abandon, every writer has reported──▶ ABSENT
+                           └──its writer may still be at work──▶ QUARANTINE ──gone──▶ ABSENT
     """
 
     ABSENT = 0

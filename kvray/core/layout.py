@@ -43,9 +43,7 @@ SLOT_HEADER_DTYPE = np.dtype(
         ("spare", "V8"),
     ]
 )
-EXTENT_DTYPE = np.dtype(
-    [("extent_generation", "<u8"), ("slot_bytes", "<u8"), ("spare", "V48")]
-)
+EXTENT_DTYPE = np.dtype([("extent_generation", "<u8"), ("slot_bytes", "<u8"), ("spare", "V48")])
 CLIENT_DTYPE = np.dtype(
     [("pid", "<u4"), ("role", "<u4"), ("start_ticks", "<u8"), ("nonce", "<u8"), ("engine", "<u8")]
 )

@@ -231,8 +231,9 @@ class Announce(msgspec.Struct, frozen=True, tag="announce"):
     resync_part 0: `adds` and `removes` are changes. resync_part 1..n: parts of the whole set,
     which replaces the node's entries when the part with resync_last arrives. A part has no
     removes; changes go on meanwhile in announces of their own and are applied to both. What a
-    change says about a key since part 1 counts more than what a part says, so a part may be made
-    from a copy of the set that was taken at part 1 or later.
+    change says about a key counts more than what a later part says, so all parts may be made from
+    one copy of the set: taken when part 1 gets its sequence, never before. An answer RESYNC to an
+    announce before the latest part 1 says nothing new.
     """
 
     node_id: NodeId

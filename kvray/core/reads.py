@@ -54,7 +54,7 @@ class FetchLimits:
     max_locate_keys: int = MAX_LOCATE_KEYS
     locate_deadline_ms: int = 300  # a call takes 1 ms, its p99 on a busy machine is 10
     payload_deadline_ms: int = 1_000  # 32 MiB at 0.4 GB/s (TCP, the slowest seen) are 80 ms
-    headers_deadline_ms: int = 300  # 64 KiB at most
+    headers_deadline_ms: int = 300  # 16 KiB at most
     batch_bytes: int = FETCH_BATCH_BYTES
     batch_blocks: int = MAX_BATCH_BLOCKS
 

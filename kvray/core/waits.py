@@ -37,6 +37,9 @@ class Waits:
     def is_wanted(self, key: BlockKey) -> bool:
         return key in self._waiters
 
+    def waiters(self) -> list[Waiter]:
+        return list(self._keys)
+
     def keys_of(self, waiter: Waiter) -> list[BlockKey]:
         """What it waits for, in the order in which it asked."""
         return list(self._keys.get(waiter, ()))

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from ray.exceptions import RayError
@@ -29,7 +30,7 @@ from kvray.actors import (
 )
 from kvray.config import Config
 from kvray.core.codec import decode, encode
-from kvray.core.directory import DirectoryCore
+from kvray.core.directory import TICK_MS, DirectoryCore
 from kvray.core.ids import BlockKey, Epoch, NodeId, Term
 from kvray.core.messages import (
     MAX_CALL_BYTES,
@@ -40,7 +41,6 @@ from kvray.core.messages import (
 
 logger = logging.getLogger("kvray.directory")
 
-TICK_PERIOD_S = 0.25  # a fifth of the shortest silence that matters; 0.02 % of a core
 NODES_PERIOD_S = 0.5  # a new node waits so long for its NodeStore; ray.nodes() is 0.4 ms
 NAMES_PERIOD_S = 5.0  # how soon a NodeStore that somebody killed for good is missed
 
@@ -61,13 +61,14 @@ class Directory:
         self._starter = starter
         # Nobody remembers the term before; the wall clock in ms is greater than it, since a
         # restart takes longer than a millisecond.
-        self._core = DirectoryCore(Term(int(time.time() * 1000)))
+        term = Term(int(time.time() * 1000))
+        self._core = DirectoryCore(term)
         self._lock = threading.Lock()  # of the core
         self._stopping = threading.Event()
         self._supervisor = Supervisor(self._config, place, self._on_node_dead, self._stopping)
         self._supervisor.start()
         threading.Thread(target=self._tick, name="kvray-tick", daemon=True).start()
-        logger.info("directory of cluster %s: term %d", self._config.cluster_name, self._core.term)
+        logger.info("directory of cluster %s: term %d", self._config.cluster_name, term)
 
     def __repr__(self) -> str:
         with self._lock:
@@ -107,20 +108,15 @@ class Directory:
         return self._starter, self._config.to_dict()
 
     def where(self, keys: Sequence[bytes]) -> list[list[dict[str, Any]]]:
-        """For each key its places, as plain data."""
+        """For each key its locations, as plain data."""
         with self._deciding() as core:
-            return core.where([BlockKey(key) for key in keys])
+            found = core.where([BlockKey(key) for key in keys])
+        return [[asdict(location) for location in locations] for locations in found]
 
     def status(self) -> dict[str, Any]:
-        """Plain data. expected: the Ray nodes that are to have a NodeStore."""
+        """What the core knows of its nodes and entries, as plain data."""
         with self._deciding() as core:
-            snapshot = core.snapshot()
-        return {
-            "cluster_name": self._config.cluster_name,
-            "config": self.config(),
-            "expected": self._supervisor.expected(),
-            "directory": snapshot,
-        }
+            return core.snapshot()
 
     def stop_supervising(self) -> None:
         """No NodeStore is made after this returns; what is there stays."""
@@ -130,16 +126,24 @@ class Directory:
     # ---- threads
 
     def _tick(self) -> None:
-        while not self._stopping.wait(TICK_PERIOD_S):
+        while not self._stopping.wait(TICK_MS / 1_000):
             with self._deciding() as core:
                 core.on_tick(_now_ms())
+                events = core.drain_events()
+            for event in events:
+                logger.info(
+                    "node %s, epoch %d, is %s after %d ms of silence",
+                    event.node_id,
+                    event.epoch,
+                    event.state.value,
+                    event.silent_ms,
+                )
 
     def _on_node_dead(self, node_id: str) -> None:
         """Ray's death notice; our own heartbeat has usually been faster."""
         with self._deciding() as core:
-            for info in core.roster():
-                if info.node_id == node_id:
-                    core.on_node_dead(info.node_id, info.epoch)
+            for info in [info for info in core.roster() if info.node_id == node_id]:
+                core.on_node_dead(info.node_id, info.epoch)
 
 
 class Supervisor(threading.Thread):

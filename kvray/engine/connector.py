@@ -310,4 +310,3 @@ class KVRayConnector(OffloadingConnector):  # type: ignore[misc]
         if meta is None or self.connector_worker is None:
             return meta
         return KVRayWorkerMetadata.wrap(meta, self.transfers.take_failed_jobs())
-

@@ -9,29 +9,21 @@ logger = logging.getLogger("kvray.engine")
 
 
 def socket_finder(config: EngineConfig) -> Callable[[], str | None]:
-    """A function that returns the socket's path, or None while there is none, or several of which
-    the settings choose none; both are said once."""
-    said: set[str] = set()
-
-    def say_once(text: str) -> None:
-        if text not in said:
-            said.add(text)
-            logger.warning("kvray: this engine runs uncached until then: %s", text)
+    """A function that returns the socket's path, or None while there is none; several of which
+    the settings choose none are none, and that is said once."""
+    told = False
 
     def find() -> str | None:
+        nonlocal told
         paths = find_sockets(config)
-        if not paths:
-            say_once(
-                "no NodeStore listens on this host yet. kvray.start() on its Ray cluster starts "
-                "one per Ray node; this engine joins by itself"
+        if len(paths) > 1 and not told:
+            told = True
+            logger.warning(
+                "kvray: this engine runs uncached: %d NodeStores listen on this host (%s). Say "
+                'which one is its own: kv_connector_extra_config={"kvray": {"socket_path": ...}}',
+                len(paths),
+                ", ".join(paths),
             )
-            return None
-        if len(paths) > 1:
-            say_once(
-                f"{len(paths)} NodeStores listen on this host ({', '.join(paths)}); say which one "
-                'is this engine\'s: kv_connector_extra_config={"kvray": {"socket_path": ...}}'
-            )
-            return None
-        return paths[0]
+        return paths[0] if len(paths) == 1 else None
 
     return find

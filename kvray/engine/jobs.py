@@ -1,9 +1,9 @@
 """What travels between EngineCore and its workers inside vLLM's own messages.
 
-    EngineCore ──▶ workers   SlotSpec: the slots that a job reads or writes
-                             KVRayConnectorMetadata: the step's jobs, and which are void
-    workers ──▶ EngineCore   KVRayWorkerMetadata: ended jobs, and which of them failed
-                             RankHandshake: what one rank's part of a chunk looks like, once
+EngineCore ──▶ workers   SlotSpec: the slots that a job reads or writes
+                         KVRayConnectorMetadata: the step's jobs, and which are void
+workers ──▶ EngineCore   KVRayWorkerMetadata: ended jobs, and which of them failed
+                         RankHandshake: what one rank's part of a chunk looks like, once
 """
 
 from collections.abc import Sequence
@@ -71,9 +71,7 @@ class SlotSpec(LoadStoreSpec):
 
     def places(self) -> list[tuple[int, int, int]]:
         return list(
-            zip(
-                self.slots.tolist(), self.generations.tolist(), self.offsets.tolist(), strict=True
-            )
+            zip(self.slots.tolist(), self.generations.tolist(), self.offsets.tolist(), strict=True)
         )
 
 
@@ -93,9 +91,7 @@ class KVRayWorkerMetadata(OffloadingWorkerMetadata):
     failed_jobs: set[int] = field(default_factory=set)
 
     @classmethod
-    def wrap(
-        cls, meta: OffloadingWorkerMetadata, failed_jobs: set[int]
-    ) -> "KVRayWorkerMetadata":
+    def wrap(cls, meta: OffloadingWorkerMetadata, failed_jobs: set[int]) -> "KVRayWorkerMetadata":
         known = {f.name: getattr(meta, f.name) for f in fields(OffloadingWorkerMetadata)}
         return cls(**known, failed_jobs=failed_jobs)
 

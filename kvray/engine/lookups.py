@@ -272,14 +272,14 @@ class Lookups(OffloadingManager):
         offload_keys = list(keys)
         sizes = [slot_bytes[get_offload_group_idx(key)] for key in offload_keys]
         names = block_keys(self.namespace, offload_keys, view.salt)
-        reservation = self._client.reserve(names, run_lengths=_runs(sizes), run_slot_bytes=_firsts(sizes))
+        reservation = self._client.reserve(
+            names, run_lengths=_runs(sizes), run_slot_bytes=_firsts(sizes)
+        )
         if reservation is None:
             self.counters["dropped_chunks"] += len(offload_keys)
             return nothing_to_store
         granted = [i for i, grant in enumerate(reservation.grants) if grant == Grant.GRANTED]
-        self.counters["dropped_chunks"] += sum(
-            grant == Grant.FULL for grant in reservation.grants
-        )
+        self.counters["dropped_chunks"] += sum(grant == Grant.FULL for grant in reservation.grants)
         if not granted:
             return nothing_to_store
         spec = SlotSpec.of(

@@ -19,7 +19,9 @@ def require_supported(vllm_config: Any, kv_cache_config: Any) -> None:
     if parallel.data_parallel_size > 1:
         found.append(f"data parallel (data_parallel_size={parallel.data_parallel_size})")
     if parallel.pipeline_parallel_size > 1:
-        found.append(f"pipeline parallel (pipeline_parallel_size={parallel.pipeline_parallel_size})")
+        found.append(
+            f"pipeline parallel (pipeline_parallel_size={parallel.pipeline_parallel_size})"
+        )
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             found.append(f"context parallel ({name}={getattr(parallel, name)})")
@@ -98,4 +100,3 @@ def is_shareable(request: Any) -> bool:
     are hashed by content only in some settings, or under ids that the caller chose; such requests
     go without kvray, and so do prompts given as embeddings."""
     return not request.mm_features and getattr(request, "prompt_embeds", None) is None
-

@@ -99,9 +99,7 @@ class Transfers(OffloadingWorker):
         self._begin(job_id, src_spec, dst_spec, is_load=False)
         return True
 
-    def submit_load(
-        self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec
-    ) -> bool:
+    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
         self._loads[job_id] = (dst_spec, src_spec)
         self._begin(job_id, dst_spec, src_spec, is_load=True)
         return True
@@ -140,9 +138,7 @@ class Transfers(OffloadingWorker):
                 urgent=True,
             )
         else:
-            self._executor.submit(
-                job_id, device_pointers, slab_pointers, sizes, keep_alive=slab
-            )
+            self._executor.submit(job_id, device_pointers, slab_pointers, sizes, keep_alive=slab)
         return True
 
     def get_finished(self) -> list[TransferResult]:

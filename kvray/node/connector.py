@@ -166,6 +166,7 @@ class Connector:
     ) -> None:
         self.last: Session | None = None
         self.reason = "not started"  # why there is no connection; for people
+        self._reported = ""  # the reason that was told last
         self._find_socket = find_socket
         self._hello = hello
         self._on_open = on_open
@@ -175,6 +176,7 @@ class Connector:
         self._retry_first_s = retry_first_s
         self._retry_last_s = retry_last_s
         self._closing = False
+        self._reported = ""  # the last reason that was logged
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._wakes = select.poll()
         self._wakes.register(self._wake_fd, select.POLLIN)
@@ -315,10 +317,10 @@ class Connector:
 
     def _tell(self, reason: str) -> None:
         """Say once why this process goes on without kvray."""
-        self.reason = reason
         if reason != self._reported and not self._closing:
             self._reported = reason
             logger.warning("running uncached: %s", reason)
+        self.reason = reason
 
 
 def _geometry(reply: HelloReply) -> Geometry:

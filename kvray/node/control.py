@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
@@ -25,6 +26,10 @@ from kvray.core.messages import Announce, Locate, NodeHello
 
 logger = logging.getLogger("kvray.node")
 
+# Calls that have not ended. The core makes one announce at a time, again after half a second, and
+# as many locates as it may wait for: more means that Ray is stuck, and each is a miss anyway.
+MAX_CALLS = 128
+BYE_DEADLINE_S = 1.0  # a directory that does not hear it buries us a moment later
 JOIN_DEADLINE_S = 5.0  # at the end; a thread that Ray holds up any longer is left behind
 
 DirectoryCall = NodeHello | Announce | Locate
@@ -73,9 +78,14 @@ class Control(threading.Thread):
         self._queue: SimpleQueue[_Call | _Wake | None] = SimpleQueue()
         self._directory: Any = None  # a handle; None after a failure: look for it again
         self._peers: dict[str, Any] = {}
+        self._unended: set[int] = set()  # single operations on a set are atomic under the GIL
 
     def call(self, call_id: int, message: DirectoryCall) -> None:
         """Ends in one DirectoryAnswered or DirectoryFailed, unless Ray never says anything."""
+        if len(self._unended) >= MAX_CALLS:
+            self._deliver(DirectoryFailed(call_id, f"{MAX_CALLS} calls have not ended"))
+            return
+        self._unended.add(call_id)
         self._queue.put(_Call(call_id, message))
 
     def wake(self, node_id: str) -> None:
@@ -85,6 +95,13 @@ class Control(threading.Thread):
     def forget(self, node_id: str) -> None:
         """A peer is gone."""
         self._peers.pop(node_id, None)
+
+    def say_bye(self, node_id: str, epoch: int) -> None:
+        """At the end, on the caller's thread: the directory forgets this node at once."""
+        with suppress(ValueError, RayError):
+            name = directory_name(self._cluster_name)
+            directory = ray.get_actor(name, namespace=RAY_NAMESPACE)
+            ray.get(directory.bye.remote(node_id, epoch), timeout=BYE_DEADLINE_S)
 
     def close(self) -> None:
         self._queue.put(None)
@@ -112,6 +129,7 @@ class Control(threading.Thread):
 
     def _ended(self, call_id: int, future: "Future[bytes]") -> None:
         """On Ray's own thread."""
+        self._unended.discard(call_id)
         error = future.exception()
         if error is None:
             self._deliver(DirectoryAnswered(call_id, future.result()))
@@ -120,6 +138,7 @@ class Control(threading.Thread):
 
     def _fail(self, call_id: int, error: BaseException) -> None:
         self._directory = None
+        self._unended.discard(call_id)
         self._deliver(DirectoryFailed(call_id, f"{type(error).__name__}: {error}"))
 
     def _wake(self, wake: _Wake) -> None:

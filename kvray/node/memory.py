@@ -12,11 +12,11 @@ import os
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
 
+from kvray.config import LockMode
 from kvray.core.layout import PAGE_BYTES
 from kvray.errors import ConfigError, SlabError
 from kvray.node.mapped import POPULATE_STEP_BYTES, populate_pages
@@ -32,14 +32,6 @@ _MAP_NORESERVE = 0x4000  # asm-generic; the module mmap does not name it everywh
 _libc = ctypes.CDLL(None, use_errno=True)
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
-
-
-class LockMode(StrEnum):
-    """Whether the slab's pages are locked in memory. AUTO tries, warns once, and goes on."""
-
-    AUTO = "auto"
-    REQUIRED = "required"
-    OFF = "off"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +157,15 @@ def lock_refusal(length_bytes: int) -> str | None:
 
 
 def lock_pages(address: int, length_bytes: int, mode: LockMode) -> bool:
-    """Lock the slab in memory as `mode` says; returns whether it is locked."""
-    if mode is LockMode.OFF:
+    """Lock the slab in memory; returns whether it is locked. mode: required raises SlabError if
+    the host refuses, auto warns and goes on, off does not try.
+    """
+    if mode == "off":
         return False
     if _libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(length_bytes)) == 0:
         return True
     refusal = _refusal(length_bytes, ctypes.get_errno())
-    if mode is LockMode.REQUIRED:
+    if mode == "required":
         raise SlabError(f"lock=required: {refusal}")
     logger.warning("the slab is not locked in memory and may be swapped out: %s", refusal)
     return False

@@ -33,6 +33,7 @@ from struct import Struct
 import numpy as np
 import numpy.typing as npt
 
+from kvray.config import LOCK_MODES, LockMode
 from kvray.core.effects import Effect, MarkGeneration, WriteExtent, WriteHeader
 from kvray.core.header_page import HEADER_PAGE_DTYPE
 from kvray.core.ids import ClientId, Epoch, NodeId, Role, SlabId, SlotState
@@ -49,7 +50,6 @@ from kvray.errors import ConfigError, SlabBusyError, SlabError
 from kvray.node.mapped import memory_barrier
 from kvray.node.memory import (
     RAY_MEMORY_USAGE_THRESHOLD,
-    LockMode,
     Progress,
     lock_pages,
     lock_refusal,
@@ -119,7 +119,7 @@ class SlabOwner:
         node_id: NodeId,
         geometry: Geometry,
         *,
-        lock_mode: LockMode | str = LockMode.AUTO,
+        lock_mode: LockMode = "auto",
         live_node_ids: Collection[NodeId] | None = None,
         memory_usage_threshold: float = RAY_MEMORY_USAGE_THRESHOLD,
         on_progress: Progress | None = None,
@@ -132,15 +132,15 @@ class SlabOwner:
         removed. Raises ConfigError before anything is allocated if the slab does not fit,
         SlabBusyError if another process works on it, SlabError for what the host refuses.
         """
-        mode = LockMode(lock_mode)
-        runtime = runtime or runtime_directory()
+        assert lock_mode in LOCK_MODES, lock_mode
+        runtime = runtime_directory(runtime)
         paths = slab_paths(cluster, node_id, runtime=runtime, shm=shm)
-        if mode is LockMode.REQUIRED and (refusal := lock_refusal(geometry.slab_bytes)):
+        if lock_mode == "required" and (refusal := lock_refusal(geometry.slab_bytes)):
             raise ConfigError(f"lock=required: {refusal}")
         lock = SlabLock.acquire(paths.lock)
         if lock is None:
             raise SlabBusyError(
-                f"{_process_name(owner_of(paths.slab))} works on the slab of node {node_id} in "
+                f"{_process_name(owner_of(paths.slab)[0])} works on the slab of node {node_id} in "
                 f"cluster {cluster} and holds {paths.lock}: end it first"
             )
         try:
@@ -151,7 +151,7 @@ class SlabOwner:
                 file = file or opening.adopt_orphan(living, runtime=runtime, shm=shm)
                 sweep(cluster, living, runtime=runtime, shm=shm)
             file = file or opening.create(shm, memory_usage_threshold, on_progress)
-            return cls._take(file, paths, lock, mode)
+            return cls._take(file, paths, lock, lock_mode)
         except BaseException:
             lock.release()
             raise

@@ -15,29 +15,35 @@ import os
 import re
 import stat
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from kvray.config import (
+    MAX_SOCKET_PATH_BYTES,
+    NODE_NAME_CHARS,
+    SHM_FOLDER,
+    default_runtime_dir,
+    socket_path,
+)
 from kvray.core.header_page import HEADER_PAGE_DTYPE, MAX_CLUSTER_BYTES, MAX_NODE_ID_BYTES
 from kvray.core.ids import NodeId
 from kvray.core.layout import MAGIC, PAGE_BYTES
 from kvray.errors import ConfigError, SlabError
+from kvray.node.process import is_alive
 
 logger = logging.getLogger("kvray.node")
 
-SHM_DIRECTORY = Path("/dev/shm")
-NODE_NAME_LETTERS = 16  # 64 bits of a random id: enough to tell the nodes of one host apart
-MAX_SOCKET_PATH_BYTES = 107  # sun_path has 108 with the final zero
+SHM_DIRECTORY = Path(SHM_FOLDER)
 LOCK_ATTEMPTS = 8  # each is lost only if somebody replaces the lock file in that very moment
 
 _CLUSTER = re.compile(rf"[a-z0-9-]{{1,{MAX_CLUSTER_BYTES}}}")
-_NODE_ID = re.compile(rf"[0-9a-z]{{1,{MAX_NODE_ID_BYTES}}}")
+_NODE_ID = re.compile(rf"[0-9a-f]{{1,{MAX_NODE_ID_BYTES}}}")
 # A node's name has no "-", so the last one ends the cluster's.
-_SLAB_NAME = re.compile(rf"kvray-({_CLUSTER.pattern})-([0-9a-z]{{1,{NODE_NAME_LETTERS}}})\.slab")
+_SLAB_NAME = re.compile(rf"kvray-({_CLUSTER.pattern})-([0-9a-f]{{1,{NODE_NAME_CHARS}}})\.slab")
 
 HeaderPage = np.ndarray  # of HEADER_PAGE_DTYPE, shape (1,)
 
@@ -63,11 +69,9 @@ def slab_paths(
             "of the characters a-z, 0-9 and -"
         )
     if not _NODE_ID.fullmatch(node_id):
-        raise ConfigError(
-            f"node id {node_id!r}: 1 to {MAX_NODE_ID_BYTES} of the characters 0-9 and a-z expected"
-        )
-    name = f"{cluster}-{node_id[:NODE_NAME_LETTERS]}"
-    socket = runtime / f"{name}.sock"
+        raise ConfigError(f"node id {node_id!r}: 1 to {MAX_NODE_ID_BYTES} hex digits expected")
+    name = f"{cluster}-{node_id[:NODE_NAME_CHARS]}"
+    socket = Path(socket_path(str(runtime), cluster, node_id))
     length = len(os.fsencode(socket))
     if length > MAX_SOCKET_PATH_BYTES:
         raise ConfigError(
@@ -77,19 +81,14 @@ def slab_paths(
     return SlabPaths(slab=shm / f"kvray-{name}.slab", lock=runtime / f"{name}.lock", socket=socket)
 
 
-def runtime_directory(environment: Mapping[str, str] = os.environ) -> Path:
-    """The folder for locks and sockets: $KVRAY_RUNTIME_DIR, else $XDG_RUNTIME_DIR/kvray, else
-    /tmp/kvray-<uid>. Made if it is missing, mode 0700.
+def runtime_directory(folder: Path | str | None = None) -> Path:
+    """The folder for locks and sockets, by default config.default_runtime_dir(). Made if it is
+    missing, mode 0700.
 
     Every process of a cluster on this host must come to the same answer. Raises ConfigError if
-    somebody else could put something there, since engines trust what they find under this name.
+    somebody else could put something there, since engines trust what they find in it.
     """
-    if chosen := environment.get("KVRAY_RUNTIME_DIR"):
-        folder = Path(chosen).absolute()
-    elif session := environment.get("XDG_RUNTIME_DIR"):
-        folder = Path(session).absolute() / "kvray"
-    else:
-        folder = Path(f"/tmp/kvray-{os.geteuid()}")
+    folder = Path(folder or default_runtime_dir()).absolute()
     try:
         with suppress(FileExistsError):
             folder.mkdir(mode=0o700)
@@ -151,8 +150,12 @@ class SlabLock:
 
     def release(self) -> None:
         if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            self._forget()
+
+    def _forget(self) -> None:
+        os.close(self._descriptor)
+        self._descriptor = -1
         _locks_of_this_process.discard(self)
 
 
@@ -160,9 +163,10 @@ _locks_of_this_process: weakref.WeakSet[SlabLock] = weakref.WeakSet()
 
 
 def _close_locks_in_child() -> None:
-    # The lock belongs to the open file, which a fork shares: closing does not release it.
+    # The lock belongs to the open file, which a fork shares: closing it here does not release it,
+    # and a child that outlives its parent does not keep it.
     for lock in list(_locks_of_this_process):
-        lock.release()
+        lock._forget()  # noqa: SLF001 (of this module)
 
 
 os.register_at_fork(after_in_child=_close_locks_in_child)
@@ -207,8 +211,8 @@ def read_header_page(descriptor: int) -> HeaderPage | None:
     return page if page["magic"][0].tobytes() == MAGIC else None
 
 
-def owner_of(path: Path) -> int:
-    """The pid that the slab's header page names, 0 if it names none. For error texts."""
+def owner_of(path: Path) -> tuple[int, int]:
+    """(pid, start ticks) of the process that the slab's header page names; zeros for none."""
     with suppress(SlabError):
         descriptor = open_slab_file(path)
         if descriptor is not None:
@@ -217,8 +221,8 @@ def owner_of(path: Path) -> int:
             finally:
                 os.close(descriptor)
             if page is not None:
-                return int(page["owner_pid"][0])
-    return 0
+                return int(page["owner_pid"][0]), int(page["owner_start_ticks"][0])
+    return 0, 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +244,7 @@ def orphans(
     live ones. The caller releases each lock. An actor that has outlived its node still holds its
     lock, and so keeps its slab.
     """
-    live_names = {node_id[:NODE_NAME_LETTERS] for node_id in live_node_ids}
+    live_names = {node_id[:NODE_NAME_CHARS] for node_id in live_node_ids}
     for path in sorted(shm.glob(f"kvray-{cluster}-*.slab")):
         name = _SLAB_NAME.fullmatch(path.name)
         if name is None or name[1] != cluster or name[2] in live_names:
@@ -249,21 +253,26 @@ def orphans(
             if path.lstat().st_uid != os.geteuid():
                 continue
         lock = SlabLock.acquire(slab_paths(cluster, name[2], runtime=runtime, shm=shm).lock)
-        if lock is not None:
-            yield Orphan(path, lock)
+        if lock is None:
+            continue
+        if is_alive(*owner_of(path)):  # its lock is in another runtime folder
+            lock.release()
+            continue
+        yield Orphan(path, lock)
 
 
 def sweep(
     cluster: str,
     live_node_ids: Collection[NodeId],
     *,
-    runtime: Path,
+    runtime: Path | None = None,
     shm: Path = SHM_DIRECTORY,
 ) -> list[Path]:
     """Give the memory of dead nodes back to the host; returns what was removed. Engines that
     still map such a slab keep it until they let go.
     """
     removed = []
+    runtime = runtime_directory(runtime)
     for orphan in orphans(cluster, live_node_ids, runtime=runtime, shm=shm):
         try:
             with suppress(FileNotFoundError):

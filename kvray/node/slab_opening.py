@@ -105,20 +105,17 @@ class Opening:
             page = read_header_page(descriptor)
             if page is None or self._difference(descriptor, page, of_this_node=False):
                 return None
-            with suppress(SlabBusyError):
-                _expect_no_owner(page, path)
-                former = page["node_id"][0].decode()
-                file = self._adopted(descriptor, page, f"took over the slab of node {former}")
-                np.frombuffer(file.mapping, dtype=HEADER_PAGE_DTYPE, count=1)["node_id"][0] = (
-                    self._node_id.encode()
-                )
-                path.rename(self._path)
-                adopted = True
-                return file
+            former = page["node_id"][0].decode()
+            file = self._adopted(descriptor, page, f"took over the slab of node {former}")
+            np.frombuffer(file.mapping, dtype=HEADER_PAGE_DTYPE, count=1)["node_id"][0] = (
+                self._node_id.encode()
+            )
+            path.rename(self._path)
+            adopted = True
+            return file
         finally:
             if not adopted:
                 os.close(descriptor)
-        return None
 
     def _difference(
         self, descriptor: int, page: HeaderPage | None, *, of_this_node: bool = True

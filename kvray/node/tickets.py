@@ -197,6 +197,8 @@ class LookupPage:
 
     def update(self, indices: Sequence[int], states: bytes, slots: bytes) -> None:
         """Raises RemoteProtocolError as answer does."""
+        if not self.answered:
+            raise RemoteProtocolError("an update came before the answer")
         start, stop = self.cut.start, self.cut.stop
         for i in indices:
             if not (i < stop - start and self.ticket.states[start + i] == KeyState.WAIT):

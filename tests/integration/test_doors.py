@@ -19,7 +19,7 @@ from tests import in_engine
 from tests.conftest import EngineFactory
 from tests.engines import EngineError, Mode, engine_environment
 from tests.models import tiny
-from tests.nodes import Nodes, running_nodes, wait_until
+from tests.ray_nodes import Nodes, running_nodes, wait_until
 from tests.processes import ProcessGroup
 from tests.prompts import full_chunks, prompt_of
 

@@ -60,6 +60,20 @@ def test_what_an_engine_raises_is_raised_in_the_test(engine_factory: EngineFacto
         engine.generate(prompt_of(200, seed=3))
 
 
+@pytest.mark.slow
+def test_a_killed_engine_leaves_no_process_and_no_shared_memory(
+    engine_factory: EngineFactory,
+) -> None:
+    engine = engine_factory(tiny(), mode=Mode.MULTIPROCESS).ready()
+    assert len(engine.processes()) >= 3  # client, EngineCore, Worker
+    shared_memory = engine.group.shared_memory()
+    assert {path.name.split("_")[0] for path in shared_memory} >= {"psm"}
+
+    engine.kill()
+    assert engine.processes() == []
+    assert not any(path.exists() for path in shared_memory)
+
+
 def client_pid(_llm: Any) -> int:
     return os.getpid()
 

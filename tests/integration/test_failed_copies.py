@@ -11,7 +11,7 @@ from tests import in_engine
 from tests.conftest import EngineFactory
 from tests.engines import Engine
 from tests.models import tiny
-from tests.nodes import Nodes, running_nodes
+from tests.ray_nodes import Nodes, running_nodes
 from tests.prompts import full_chunks, prompt_of
 
 pytestmark = [pytest.mark.heavy, pytest.mark.engine]

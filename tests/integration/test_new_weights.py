@@ -13,7 +13,7 @@ from tests import in_engine
 from tests.conftest import EngineFactory
 from tests.engines import Engine
 from tests.models import tiny
-from tests.nodes import Nodes, running_nodes
+from tests.ray_nodes import Nodes, running_nodes
 from tests.prompts import full_chunks, prompt_of
 
 pytestmark = [pytest.mark.heavy, pytest.mark.engine]
@@ -99,9 +99,7 @@ def test_nothing_is_stored_while_the_device_may_still_hold_old_blocks(
 def test_engines_that_were_told_the_same_version_share_again(
     nodes: Nodes, engine_factory: EngineFactory
 ) -> None:
-    a, b = (
-        engine_factory(tiny(), kv_transfer_config=nodes.transfer(0)) for _ in range(2)
-    )
+    a, b = (engine_factory(tiny(), kv_transfer_config=nodes.transfer(0)) for _ in range(2))
     prompt = prompt_of(TOKENS, seed=5)
     for engine in (a, b):
         engine.collective_rpc("reload_weights")

@@ -12,7 +12,7 @@ from tests import in_engine
 from tests.conftest import EngineFactory
 from tests.engines import Mode
 from tests.models import tiny
-from tests.nodes import Nodes, running_nodes
+from tests.ray_nodes import Nodes, running_nodes
 from tests.prompts import full_chunks, prompt_of
 
 pytestmark = [pytest.mark.heavy, pytest.mark.engine]
@@ -29,9 +29,7 @@ def nodes() -> Iterator[Nodes]:
 def test_engine_core_and_worker_load_neither_ray_nor_nixl(
     nodes: Nodes, engine_factory: EngineFactory
 ) -> None:
-    engine = engine_factory(
-        tiny(), mode=Mode.MULTIPROCESS, kv_transfer_config=nodes.transfer(0)
-    )
+    engine = engine_factory(tiny(), mode=Mode.MULTIPROCESS, kv_transfer_config=nodes.transfer(0))
     prompt = prompt_of(700, seed=1)
     engine.generate(prompt)
     engine.call(in_engine.settle)

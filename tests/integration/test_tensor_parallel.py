@@ -8,7 +8,7 @@ from tests import in_engine
 from tests.conftest import EngineFactory
 from tests.engines import Engine, Mode
 from tests.models import tiny
-from tests.nodes import Nodes, running_nodes
+from tests.ray_nodes import Nodes, running_nodes
 from tests.prompts import CHUNK_TOKENS, full_chunks, prompt_of
 
 pytestmark = [pytest.mark.heavy, pytest.mark.engine]
@@ -52,9 +52,7 @@ def test_both_ranks_parts_make_one_block_that_hits(nodes: Nodes, engine: Engine)
     assert engine.call(in_engine.stats)["counters"]["failed_loads"] == 0
 
 
-def test_if_one_of_two_ranks_fails_the_chunk_is_not_committed(
-    nodes: Nodes, engine: Engine
-) -> None:
+def test_if_one_of_two_ranks_fails_the_chunk_is_not_committed(nodes: Nodes, engine: Engine) -> None:
     before = set(nodes.keys(0))
     engine.call(in_engine.on_rank, 1, "fail_copies")
 

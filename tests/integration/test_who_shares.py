@@ -13,7 +13,7 @@ from tests import in_engine
 from tests.adapters import adapter
 from tests.conftest import EngineFactory
 from tests.models import tiny, tiny_gemma2
-from tests.nodes import Nodes, running_nodes
+from tests.ray_nodes import Nodes, running_nodes
 from tests.prompts import full_chunks, prompt_of
 
 pytestmark = [pytest.mark.heavy, pytest.mark.engine]

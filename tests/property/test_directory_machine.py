@@ -61,7 +61,8 @@ class Process:
     history: set[tuple[BlockKey, Place]] = field(default_factory=set)
     adds: set[BlockKey] = field(default_factory=set)
     removes: set[BlockKey] = field(default_factory=set)
-    parts: list[list[tuple[BlockKey, Place]]] | None = None  # of a resync, not sent yet
+    due_part_count: int = 0  # of a resync that has to begin
+    parts: list[list[tuple[BlockKey, Place]]] = field(default_factory=list)  # not sent yet
     part: int = 0
     resync_sequence: int = 0  # of part 1: an answer to anything before says nothing new
     sequence: int = 0
@@ -80,19 +81,21 @@ class Process:
             self.adds.discard(key)
             self.removes.add(key)
 
-    def begin_resync(self, part_count: int) -> None:
-        """From a copy of the set as it is now; changes go on beside it."""
+    def begin_resync(self) -> None:
+        """When part 1 is sent, from a copy of the set as it is then; changes go on beside it."""
         rows = sorted(self.blocks.items())
-        size = -(-len(rows) // part_count) or 1
-        self.parts = [rows[i * size : (i + 1) * size] for i in range(part_count)]
-        self.part = 0
-        self.resync_sequence = self.sequence + 1
+        size = -(-len(rows) // self.due_part_count) or 1
+        self.parts = [rows[i * size : (i + 1) * size] for i in range(self.due_part_count)]
+        self.due_part_count = self.part = 0
+        self.resync_sequence = self.sequence
 
     def next_announce(self, *, a_part: bool) -> Announce:
         """A part of the set, if one is due and wanted, else the changes."""
         assert self.term is not None
         self.sequence += 1
         rows, removes, part, last = [], b"", 0, False
+        if a_part and self.due_part_count:
+            self.begin_resync()
         if a_part and self.parts:
             rows = self.parts.pop(0)
             self.part += 1
@@ -118,10 +121,10 @@ class Process:
         )
 
     def on_reply(self, announce: Announce, reply: AnnounceReply, part_count: int) -> None:
-        if self.term != reply.term:
-            return
+        if (announce.epoch, announce.term) != (self.info.epoch, self.term):
+            return  # an answer to what was said in a life before
         if reply.status is AnnounceStatus.RESYNC and announce.sequence >= self.resync_sequence:
-            self.begin_resync(part_count)
+            self.due_part_count = part_count
         elif reply.status in (AnnounceStatus.BURIED, AnnounceStatus.UNKNOWN):
             self.term = None
 
@@ -203,7 +206,7 @@ class DirectoryMachine(RuleBasedStateMachine):
             raise AssertionError("never admitted")
         assert process.info in reply.roster
         process.term = reply.term
-        process.parts = None
+        process.due_part_count, process.parts = 0, []
         name = (process.info.node_id, process.info.epoch)
         self.histories[name] = process.history
         assert process.info.epoch >= self.highest[process.info.node_id]

@@ -199,7 +199,5 @@ class FetchMachine(RuleBasedStateMachine):
         world.core.check()
 
 
-FetchMachine.TestCase.settings = settings(
-    max_examples=300, stateful_step_count=60, deadline=None
-)
+FetchMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
 TestFetch = FetchMachine.TestCase

@@ -410,9 +410,7 @@ def test_two_nodes_that_hold_everything_share_the_work() -> None:
     world = FetchWorld.with_peers("a", "b", limits=limits)
     keys = [key(n) for n in range(16)]
     world.want(ME, keys)
-    world.locate(
-        *([world.fill("a", n, k), world.fill("b", n, k)] for n, k in enumerate(keys))
-    )
+    world.locate(*([world.fill("a", n, k), world.fill("b", n, k)] for n, k in enumerate(keys)))
 
     assert sorted(post.node_id for post in world.posted(ReadKind.PAYLOAD)) == ["a", "a", "b", "b"]
 

@@ -23,7 +23,9 @@ print(json.dumps([seconds, heavy]))
 def test_importing_is_light(module: str) -> None:
     script = SCRIPT.format(module=module)
     found = [
-        json.loads(subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout)
+        json.loads(
+            subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout
+        )
         for _ in range(RUNS)
     ]
 

@@ -153,7 +153,7 @@ def loop(make_loop: LoopFactory) -> Loop:
 
 
 def open_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 # -- a client's life -----------------------------------------------------------------------------
@@ -170,9 +170,7 @@ def test_a_client_says_hello_is_answered_and_says_bye(loop: Loop) -> None:
     client.say(BYE)
     assert loop.turn() == [MessageReceived(server.SessionId(1), BYE)]
     client.sock.close()
-    assert loop.turn() == [
-        SessionClosed(server.SessionId(1), "the client closed the connection")
-    ]
+    assert loop.turn() == [SessionClosed(server.SessionId(1), "the client closed the connection")]
 
 
 def test_messages_come_in_order_and_the_end_comes_after_them(loop: Loop) -> None:
@@ -271,7 +269,10 @@ def test_another_user_can_not_even_connect() -> None:
         try:
             script = "import os,socket,sys; os.setuid(65534); " + CONNECT_OR_SAY
             tried = subprocess.run(
-                [sys.executable, "-c", script, loop.path], capture_output=True, text=True, check=True
+                [sys.executable, "-c", script, loop.path],
+                capture_output=True,
+                text=True,
+                check=True,
             )
             assert tried.stdout.strip() == "Permission denied"
             assert loop.turn() == []

@@ -1,0 +1,314 @@
+"""Lookups of engines: what is here, what is on its way, and who is told what.
+
+    key READY here ─▶ HIT, pinned
+    key being written by an engine of this node ─▶ WAIT ─committed─▶ HIT
+    key that peers may have, or that is being fetched ─▶ WAIT ─arrived─▶ HIT
+    anything else, and each WAIT that comes to nothing or to its deadline ─▶ MISS
+
+Within a prefix run nothing behind the first MISS is worth anything: it is neither fetched nor
+waited for, and what waits there is a MISS too. What is pinned stays pinned until Unpin.
+
+A lookup is kept here only as long as it waits: pins are in the store, under (client, op). What
+settles in one event is told in one message.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from kvray.core.codec import unpack_keys
+from kvray.core.commands import Arrived, FetchCommand, Missed, MissReason, Send, Waiter
+from kvray.core.effects import Place
+from kvray.core.fetch import FetchCore
+from kvray.core.ids import BlockKey, ClientId, OpId
+from kvray.core.look import Look, Run, runs_of
+from kvray.core.messages import KeyState, Lookup, LookupReply, LookupUpdate
+from kvray.core.store import StoreCore
+from kvray.core.storing import pack_places
+from kvray.core.waits import Waits
+
+MAX_WAITING_LOOKUPS = 1_024  # requests of a node's engines that wait at a time: far more than run
+MAX_WAIT_MS = 60_000  # whatever a lookup asks for: after a minute a recompute was cheaper
+
+_HIT, _MISS, _WAIT = KeyState.HIT, KeyState.MISS, KeyState.WAIT
+
+
+class _Lookup(msgspec.Struct, eq=False):
+    """A lookup that waits for something."""
+
+    client_id: ClientId
+    op: OpId
+    session_id: int
+    runs: list[Run]
+    states: bytearray  # one KeyState a key
+    waiting: dict[BlockKey, int]  # key and its index
+    places: dict[int, Place]  # of the HITs that have not been told
+    deadline_ms: int
+    is_answered: bool = False  # the LookupReply is out: the rest goes into LookupUpdates
+    changed: list[int] = []  # settled since then, and not told
+
+    @property
+    def waiter(self) -> Waiter:
+        return (self.client_id, self.op)
+
+    def run_of(self, index: int) -> Run:
+        """A run that was cut short is still the run of what comes behind."""
+        return next(run for run in reversed(self.runs) if run.start <= index)
+
+
+class Lookups:
+    """All lookups of one NodeStore. Pins and unpins; wants of, and forgets in, FetchCore."""
+
+    def __init__(self, store: StoreCore, fetch: FetchCore) -> None:
+        self._store = store
+        self._fetch = fetch
+        self._waiting: dict[Waiter, _Lookup] = {}
+        self._writes = Waits()  # for keys that engines of this node are writing
+        self._untold: dict[Waiter, _Lookup] = {}
+        self.misses = dict.fromkeys(MissReason, 0)  # in keys, as the counters are
+        self.counters = dict.fromkeys(
+            ("lookups", "looked_up", "hits_local", "hits_fetched", "hits_awaited", "waits"), 0
+        )
+
+    # -- a lookup's life -------------------------------------------------------------------------
+
+    def begin(
+        self,
+        client_id: ClientId,
+        session_id: int,
+        message: Lookup,
+        *,
+        no_fetch: MissReason | None,
+        now_ms: int,
+    ) -> tuple[LookupReply | None, list[FetchCommand]]:
+        """no_fetch: why nothing can be fetched now; None if it can.
+
+        Returns the reply, or None if the lookup waits: it is told by take_told then. And what
+        FetchCore has said to its wants.
+        """
+        keys = unpack_keys(message.keys)
+        waiter: Waiter = (client_id, message.op)
+        self.unpin(waiter)  # an op that was used before: its pins would never be asked for again
+        if len(self._waiting) >= MAX_WAITING_LOOKUPS:
+            no_fetch = MissReason.OVERLOADED
+        elif not message.fetch:
+            no_fetch = MissReason.LOCAL_ONLY
+        look = Look(self._store, self._fetch, keys, no_fetch)
+        runs = runs_of(message)
+        for run in runs:
+            look.run(run)
+        self.counters["lookups"] += 1
+        self.counters["looked_up"] += len(keys)
+        places = self._pin(waiter, keys, look, now_ms)
+        for reason, count in look.misses.items():
+            self.misses[reason] += count
+        if not look.writes and not look.wants:
+            return LookupReply(message.op, bytes(look.states), pack_places(places)), []
+        deadline_ms = now_ms + min(message.deadline_ms, MAX_WAIT_MS)
+        lookup = _Lookup(
+            client_id,
+            message.op,
+            session_id,
+            runs,
+            look.states,
+            {keys[i]: i for i in sorted((*look.writes, *look.wants))},
+            dict(zip(look.hits, places, strict=True)),
+            deadline_ms,
+        )
+        self.counters["waits"] += len(lookup.waiting)
+        self._waiting[waiter] = self._untold[waiter] = lookup
+        for i in look.writes:
+            self._writes.join(waiter, keys[i], deadline_ms)
+        wants = [(keys[i], run.slot_bytes) for run in runs for i in look.wants_of(run)]
+        return None, self._fetch.want(waiter, wants, deadline_ms=deadline_ms) if wants else []
+
+    def unpin(self, waiter: Waiter) -> None:
+        """The pins of a lookup are dropped and nothing is waited for any more; not told."""
+        self._store.unpin(waiter)
+        lookup = self._waiting.pop(waiter, None)
+        if lookup is not None:
+            self._stop_waiting(lookup, list(lookup.waiting))
+            self._untold.pop(waiter, None)
+
+    def end_session(self, client_id: ClientId) -> None:
+        """Nobody hears the answers of this client's lookups. Their pins stay."""
+        for waiter, lookup in list(self._waiting.items()):
+            if lookup.client_id == client_id:
+                self._stop_waiting(lookup, list(lookup.waiting))
+                del self._waiting[waiter]
+                self._untold.pop(waiter, None)
+
+    def on_tick(self, now_ms: int) -> None:
+        """Whoever waits for an engine's write hears at its deadline that it is a miss. For fetches
+        FetchCore says so.
+        """
+        for waiter in self._writes.take_due(now_ms):
+            keys = self._writes.keys_of(waiter)
+            self._writes.leave(waiter, keys)
+            for key in keys:
+                self._writes.tell_missed(waiter, key, MissReason.DEADLINE)
+        self._settle_writes(now_ms)
+
+    def next_deadline_ms(self) -> int | None:
+        return self._writes.next_ms()
+
+    # -- what settles ----------------------------------------------------------------------------
+
+    def on_committed(self, keys: Iterable[BlockKey], now_ms: int) -> None:
+        """An engine has written these."""
+        for key in keys:
+            self._writes.arrive(key)
+        self._settle_writes(now_ms)
+
+    def on_given_up(self, keys: Iterable[BlockKey], now_ms: int) -> None:
+        """An engine was writing these, and they do not come."""
+        for key in keys:
+            self._writes.miss(key, MissReason.WRITER_FAILED)
+        self._settle_writes(now_ms)
+
+    def on_arrived(self, told: Arrived, now_ms: int, *, counter: str = "hits_fetched") -> None:
+        """Pins at once what has arrived: it may be the first to be evicted."""
+        lookup = self._waiting.get(told.waiter)
+        if lookup is None:
+            return  # all of it was behind a miss of the same event
+        keys = [key for key in told.keys if key in lookup.waiting]
+        sizes = [lookup.run_of(lookup.waiting[key]).slot_bytes for key in keys]
+        places = self._store.pin(told.waiter, keys, slot_bytes=sizes, now_ms=now_ms)
+        for key, place in zip(keys, places, strict=True):
+            index = lookup.waiting.get(key)
+            if index is None:
+                continue  # a miss of this event was before it in its run
+            if place is not None:
+                del lookup.waiting[key]
+                lookup.states[index] = _HIT
+                lookup.places[index] = place
+                self._note(lookup, index)
+                self.counters[counter] += 1
+            elif self._store.is_writing(key) and key not in self._fetch:
+                self._writes.join(told.waiter, key, lookup.deadline_ms)
+            else:
+                is_here = self._store.find(key) is not None
+                reason = MissReason.OTHER_SIZE if is_here else MissReason.OVERLOADED
+                self._miss(lookup, key, reason)
+        self._forget_if_settled(lookup)
+
+    def on_missed(self, told: Missed) -> None:
+        lookup = self._waiting.get(told.waiter)
+        if lookup is None:
+            return  # all of it was behind a miss of the same event
+        for key in told.keys:
+            if key in lookup.waiting:
+                self._miss(lookup, key, told.reason)
+        self._forget_if_settled(lookup)
+
+    def take_told(self) -> list[Send]:
+        """The replies and updates that are due."""
+        sends: list[Send] = []
+        for waiter, lookup in self._untold.items():
+            if not lookup.is_answered and _HIT not in lookup.states and not lookup.waiting:
+                self._store.unpin(waiter)  # to an answer without hits nobody says Unpin
+            sends.append(Send(lookup.session_id, _message(lookup)))
+        self._untold.clear()
+        return sends
+
+    # -- private ---------------------------------------------------------------------------------
+
+    def _pin(self, waiter: Waiter, keys: list[BlockKey], look: Look, now_ms: int) -> list[Place]:
+        """Pin the hits of a look. Beyond the limit of pins there is no hit and nothing to wait
+        for: half a chain would have to be computed anyway.
+        """
+        if len(look.hits) == len(keys):
+            wanted: Sequence[BlockKey] = keys
+        else:
+            wanted = [keys[i] for i in look.hits]
+        pinned = self._store.pin(waiter, wanted, slot_bytes=None, now_ms=now_ms)
+        places = [place for place in pinned if place is not None]
+        if len(places) < len(pinned):
+            self._store.unpin(waiter)
+            look.spoil()
+            return []
+        self.counters["hits_local"] += len(places)
+        return places
+
+    def _settle_writes(self, now_ms: int) -> None:
+        for told in self._writes.take_told():
+            if isinstance(told, Missed):
+                self.on_missed(told)
+            else:
+                self.on_arrived(told, now_ms, counter="hits_awaited")
+
+    def _miss(self, lookup: _Lookup, key: BlockKey, reason: MissReason) -> None:
+        """The key is a miss; in a prefix run so is everything behind it that is waited for."""
+        index = lookup.waiting.pop(key)
+        lookup.states[index] = _MISS
+        self._note(lookup, index)
+        self.misses[reason] += 1
+        run = lookup.run_of(index)
+        if not run.is_prefix:
+            return
+        behind = {k: i for k, i in lookup.waiting.items() if index < i < run.stop}
+        run.stop = index
+        for i in behind.values():
+            lookup.states[i] = _MISS
+            self._note(lookup, i)
+        self.misses[MissReason.BEHIND] += len(behind)
+        self._stop_waiting(lookup, list(behind))
+
+    def _stop_waiting(self, lookup: _Lookup, keys: list[BlockKey]) -> None:
+        self._fetch.forget(lookup.waiter, keys)
+        self._writes.leave(lookup.waiter, keys)
+        for key in keys:
+            del lookup.waiting[key]
+
+    def _note(self, lookup: _Lookup, index: int) -> None:
+        if lookup.is_answered:
+            lookup.changed.append(index)
+            self._untold[lookup.waiter] = lookup
+
+    def _forget_if_settled(self, lookup: _Lookup) -> None:
+        if not lookup.waiting:
+            self._waiting.pop(lookup.waiter, None)
+
+    def snapshot(self) -> dict[str, Any]:
+        return (
+            {"waiting": len(self._waiting), "waiting_for_writes": self._writes.snapshot()}
+            | self.counters
+            | {"misses": {reason.value: count for reason, count in self.misses.items() if count}}
+        )
+
+    def check(self) -> None:
+        """Assert that each lookup waits for something, that somebody brings it, and that nothing
+        is brought to nobody.
+        """
+        assert len(self._waiting) <= MAX_WAITING_LOOKUPS
+        assert not self._untold, "not told"
+        self._writes.check()
+        for waiter, lookup in self._waiting.items():
+            assert lookup.waiter == waiter
+            assert lookup.waiting, "waits for nothing"
+            assert lookup.is_answered
+            written = set(self._writes.keys_of(waiter))
+            fetched = set(self._fetch.wanted_by(waiter))
+            assert not written & fetched, "waits twice for a key"
+            assert written | fetched == lookup.waiting.keys(), "waits for what nobody brings"
+            assert all(self._store.is_writing(key) for key in written)
+            assert not any(key in self._fetch for key in written)
+            indices = [i for i, state in enumerate(lookup.states) if state == _WAIT]
+            assert indices == sorted(lookup.waiting.values())
+        for waiter in (*self._writes.waiters(), *self._fetch.waiters()):
+            assert waiter in self._waiting, "something is brought to nobody"
+
+
+def _message(lookup: _Lookup) -> LookupReply | LookupUpdate:
+    """What there is to tell of a lookup, which is told then."""
+    places = [lookup.places[i] for i in sorted(lookup.places)]
+    slots = pack_places(places)
+    lookup.places = {}
+    if not lookup.is_answered:
+        lookup.is_answered = True
+        return LookupReply(lookup.op, bytes(lookup.states), slots)
+    indices = sorted(lookup.changed)
+    lookup.changed = []
+    states = bytes(lookup.states[i] for i in indices)
+    return LookupUpdate(lookup.op, indices, states, slots)

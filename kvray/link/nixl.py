@@ -1,0 +1,349 @@
+"""The real link: one-sided NIXL reads over UCX. Nothing else in kvray imports nixl.
+
+Made for NIXL 1.5.1 and 1.3.2. Tested over cma (same host) and TCP. Not tested over RDMA, for want
+of the hardware; what is assumed of it is marked "RDMA:".
+
+- The progress thread stays off: it burns a core for ever. So a peer gets on only while we poll(),
+  which matters until a connection has been made and, over TCP, for every byte that it reads.
+- A peer that waits for us says so: from 1 ms on, a read that has not ended sends its target a
+  notification, which the target's next poll() counts in hints_seen. cma and (RDMA:) real one-sided
+  transports have mostly ended by then and send none.
+- One transfer a segment. NIXL keeps only the last UCX request of a transfer with many segments and
+  frees the others while they are in progress, so an error of such a transfer says nothing about
+  who still writes where. Of a transfer with one segment it does. That costs 4 us a segment, which
+  shows below 1 MiB only; segments that touch are one (Segments.coalesced).
+- A handle is released when it has ended, never before: releasing cancels, and what is cancelled
+  may write all the same. A peer is not removed while a read from it is in flight, because NIXL
+  then answers NOT_FOUND for the handle, whatever the transfer does.
+- NIXL 1.3.2 removes a peer by itself when it has disconnected. It is added again at once, since
+  that makes its handles readable; 1.5.1 keeps it.
+
+UCX chooses the transports, and needs no setting. `transports` narrows the choice (UCX's names, as
+"tcp" or "rc,cuda_copy"): it becomes the variable UCX_TLS of this process, set before the agent is
+made and therefore never in a process that does other things with UCX. A UCX_TLS that is there
+already wins: whoever set it knows this host.
+"""
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import nixl
+from nixl._api import nixl_agent, nixl_agent_config
+
+from kvray.core.ids import ReadId
+from kvray.errors import LinkError
+from kvray.link.base import ReadEnd, ReadOutcome, Segments
+
+logger = logging.getLogger(__name__)
+
+HINT_AFTER_NS = 1_000_000  # a read over cma or (RDMA:) a NIC has mostly ended by then
+HINT_EVERY_NS = 25_000_000  # several in the time for which a target stays awake after one
+HINT = b"kvray is reading"
+# RDMA: when an endpoint fails, UCX moves its queue pairs to the error state in its next progress
+# calls, and a NIC may write until then. A failed read is reported so much later, 20 times what a
+# queue pair needs.
+SETTLE_NS = 20_000_000
+
+# NIXL's exceptions have no base of their own.
+_ERRORS: tuple[type[Exception], ...] = (
+    *(
+        error
+        for error in vars(nixl._bindings).values()  # noqa: SLF001 (the package offers no other way)
+        if isinstance(error, type) and issubclass(error, Exception)
+    ),
+    RuntimeError,  # from pybind11: a C++ exception that NIXL did not expect
+)
+_NOT_FOUND: type[Exception] = nixl._bindings.nixlNotFoundError  # noqa: SLF001
+
+# Agents that were closed with reads in flight, and what those hold. They end with the process.
+_unended: list[Any] = []
+
+
+@dataclass(slots=True, eq=False)
+class _Peer:
+    """in_flight reads keep it in the agent. leaving: it goes when they have ended. broken: its
+    connection has failed; a new one is made before the next read.
+    """
+
+    name: str
+    metadata: bytes
+    in_flight: int = 0
+    leaving: bool = False
+    broken: bool = False
+    hinted_ns: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Read:
+    """Ended when handles is empty and settled_ns has passed. failure: why it is not DONE."""
+
+    read_id: ReadId
+    peer: _Peer
+    posted_ns: int
+    handles: deque[Any] = field(default_factory=deque)
+    failure: str = ""
+    settled_ns: int = 0
+    abandoned: bool = False
+
+
+class NixlLink:
+    """A Link. name must carry the epoch. Making one takes 0.4 to 1.4 s the first time."""
+
+    def __init__(self, name: str, *, transports: str = "") -> None:
+        if transports:
+            present = os.environ.setdefault("UCX_TLS", transports)
+            if present != transports:
+                logger.info("UCX_TLS is %s here; transports=%s ignored", present, transports)
+        self.name = name
+        self._peers: dict[str, _Peer] = {}
+        self._reads: dict[ReadId, _Read] = {}
+        self._registered: list[Any] = []
+        self._hints_seen = 0
+        with _named(f"no NIXL agent {name}"):
+            self._agent: Any = nixl_agent(
+                name, nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+            )
+        if "UCX" not in self._agent.backends:
+            raise LinkError("NIXL has no UCX backend here; is the wheel whole?")
+
+    @property
+    def metadata(self) -> bytes:
+        with _named("no metadata"):
+            return bytes(self._agent.get_agent_metadata())
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._reads)
+
+    @property
+    def hints_seen(self) -> int:
+        return self._hints_seen
+
+    def register(self, address: int, length_bytes: int) -> None:
+        with _named(f"{length_bytes} bytes at {address:#x} can not be registered"):
+            self._registered.append(
+                self._agent.register_memory([(address, length_bytes, 0, "")], "DRAM")
+            )
+
+    def connect(self, peer_name: str, peer_metadata: bytes) -> None:
+        old = self._peers.get(peer_name)
+        if old is not None:
+            if old.in_flight:
+                raise LinkError(f"{old.in_flight} reads from {peer_name} have not ended")
+            self._remove(old)
+        peer = _Peer(peer_name, peer_metadata)
+        self._add(peer)
+        self._peers[peer_name] = peer
+
+    def disconnect(self, peer_name: str) -> None:
+        peer = self._peers.get(peer_name)
+        if peer is None:
+            return
+        if peer.in_flight:
+            peer.leaving = True
+        else:
+            self._remove(peer)
+
+    def post_read(self, read_id: ReadId, peer_name: str, segments: Segments) -> None:
+        assert read_id not in self._reads
+        peer = self._peers.get(peer_name)
+        if peer is None or peer.leaving:
+            raise LinkError(f"{peer_name} is not connected")
+        if peer.broken:
+            self._restore(peer)
+        read = _Read(read_id, peer, time.monotonic_ns())
+        runs = segments.coalesced()
+        for local, remote, length_bytes in zip(
+            runs.local.tolist(), runs.remote.tolist(), runs.bytes.tolist(), strict=True
+        ):
+            self._post(read, local, remote, length_bytes)
+            if read.failure:
+                break
+        if read.failure and not read.handles:
+            raise LinkError(f"read from {peer_name}: {read.failure}")
+        self._reads[read_id] = read
+        peer.in_flight += 1
+
+    def poll(self) -> list[ReadEnd]:
+        with _named("NIXL made no progress"):
+            self._hints_seen += sum(map(len, self._agent.get_new_notifs().values()))
+        ends = []
+        now_ns = time.monotonic_ns()
+        for read in list(self._reads.values()):
+            self._advance(read)
+            if read.handles:
+                self._hint(read, now_ns)
+            elif now_ns >= read.settled_ns:
+                ends.append(self._end(read))
+        return ends
+
+    def abandon(self, read_id: ReadId) -> None:
+        read = self._reads.get(read_id)
+        if read is not None:
+            read.abandoned = True
+
+    def close(self) -> None:
+        if self._reads:
+            _unended.append((self._agent, self._reads))
+            logger.warning(
+                "%s closed with %d reads that have not ended; they end with this process",
+                self.name,
+                len(self._reads),
+            )
+        else:
+            for peer in list(self._peers.values()):
+                self._remove(peer)
+            with suppress(*_ERRORS):  # given back with the agent then
+                for region in self._registered:
+                    self._agent.deregister_memory(region)
+        self._registered = []
+        self._peers = {}
+        self._reads = {}
+        self._agent = None
+
+    # -- reads -------------------------------------------------------------------------------
+
+    def _post(self, read: _Read, local: int, remote: int, length_bytes: int) -> None:
+        """Post one segment: a handle more, or bytes that are here already, or a failure."""
+        agent = self._agent
+        try:
+            handle = agent.initialize_xfer(
+                "READ",
+                agent.get_xfer_descs([(local, length_bytes, 0)], "DRAM"),
+                agent.get_xfer_descs([(remote, length_bytes, 0)], "DRAM"),
+                read.peer.name,
+            )
+        except _ERRORS as exc:  # a range that is not registered, or (1.3.2) a peer that is gone
+            self._fail(read, exc)
+            return
+        try:
+            state = agent.transfer(handle)
+        except _ERRORS as exc:  # with one segment: it has not been started
+            self._fail(read, exc)
+            self._release(handle)
+            read.peer.broken = True
+            return
+        if state == "DONE":
+            self._release(handle)
+        else:
+            read.handles.append(handle)
+
+    def _advance(self, read: _Read) -> None:
+        """Drop the handles that have ended. Looks no further than the first that has not: UCX
+        works in order, and each look is a call into NIXL, which makes progress on all.
+        """
+        while read.handles:
+            handle = read.handles[0]
+            try:
+                state = self._agent.check_xfer_state(handle)
+            except _NOT_FOUND:
+                self._take_back(read.peer)
+                return
+            except _ERRORS as exc:
+                self._fail(read, exc)
+                read.peer.broken = True
+                state = "ERR"
+            if state == "PROC":
+                return
+            read.handles.popleft()
+            self._release(handle)
+
+    def _fail(self, read: _Read, exc: Exception) -> None:
+        read.failure = read.failure or _text(exc)
+        read.settled_ns = time.monotonic_ns() + SETTLE_NS
+
+    def _end(self, read: _Read) -> ReadEnd:
+        del self._reads[read.read_id]
+        peer = read.peer
+        peer.in_flight -= 1
+        if peer.leaving and not peer.in_flight:
+            self._remove(peer)
+        if read.failure:
+            return ReadEnd(read.read_id, ReadOutcome.FAILED, read.failure)
+        return ReadEnd(read.read_id, ReadOutcome.DONE)
+
+    def _hint(self, read: _Read, now_ns: int) -> None:
+        peer = read.peer
+        if (
+            not read.abandoned
+            and now_ns - read.posted_ns > HINT_AFTER_NS
+            and now_ns - peer.hinted_ns > HINT_EVERY_NS
+        ):
+            peer.hinted_ns = now_ns
+            with suppress(*_ERRORS):  # what is wrong with the peer, the read itself will say
+                self._agent.send_notif(peer.name, HINT)
+
+    def _release(self, handle: Any) -> None:
+        with suppress(*_ERRORS):  # it has ended: at worst its memory is kept
+            self._agent.release_xfer_handle(handle)
+
+    # -- peers -------------------------------------------------------------------------------
+
+    def _add(self, peer: _Peer) -> None:
+        try:
+            found = self._agent.add_remote_agent(peer.metadata)
+        except _ERRORS as exc:
+            self._drop(peer.name)  # it may have been added in part
+            raise LinkError(f"{peer.name} can not be connected: {_text(exc)}") from exc
+        found_name = found.decode() if isinstance(found, bytes) else str(found)
+        if found_name != peer.name:
+            if found_name not in self._peers:
+                self._drop(found_name)
+            raise LinkError(f"the metadata of {peer.name} are those of {found_name}")
+
+    def _remove(self, peer: _Peer) -> None:
+        assert not peer.in_flight
+        self._peers.pop(peer.name, None)
+        self._drop(peer.name)
+
+    def _drop(self, peer_name: str) -> None:
+        with suppress(*_ERRORS):  # it is not there, or 1.3.2 has removed it
+            self._agent.remove_remote_agent(peer_name)
+
+    def _restore(self, peer: _Peer) -> None:
+        """A new connection to a peer whose old one has failed."""
+        if peer.in_flight:
+            raise LinkError(f"{peer.name} has failed, and {peer.in_flight} reads have not ended")
+        self._drop(peer.name)
+        self._add(peer)
+        peer.broken = False
+
+    def _take_back(self, peer: _Peer) -> None:
+        """1.3.2 has removed a peer while reads from it are in flight: without it in the agent
+        nobody can say when they end.
+        """
+        with suppress(*_ERRORS):  # then they stay in flight, and this is tried again
+            self._agent.add_remote_agent(peer.metadata)
+
+    def check(self) -> None:
+        """Assert that reads and peers agree, both ways."""
+        counted: dict[_Peer, int] = {}
+        for read in self._reads.values():
+            counted[read.peer] = counted.get(read.peer, 0) + 1
+        for peer, count in counted.items():
+            assert self._peers.get(peer.name) is peer, "a read from a peer that was forgotten"
+            assert peer.in_flight == count
+        for peer in self._peers.values():
+            assert peer.in_flight == counted.get(peer, 0)
+            assert peer.in_flight or not peer.leaving, "a peer that should have gone"
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Foreign errors become LinkError here and nowhere else."""
+    try:
+        yield
+    except _ERRORS as exc:
+        raise LinkError(f"{what}: {_text(exc)}") from exc
+
+
+def _text(exc: Exception) -> str:
+    name = type(exc).__name__
+    text = str(exc)
+    return text if text.startswith("NIXL") else f"{name}: {text}"

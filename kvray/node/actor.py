@@ -1,0 +1,69 @@
+"""The NodeStore: the Ray actor that owns the slab of one node.
+
+    Ray ──▶ status, wake, block_bytes, clear, stop ──▶ NodeLoop, a thread that does the work
+
+Placed, named and restarted as kvray.cluster.placement says. Its constructor returns at once and
+never fails, so that a NodeStore that can not start can say why (see node.loop).
+"""
+
+import logging
+from typing import Any
+
+from kvray.actors import log_to_stderr, refuse_optimized
+from kvray.config import Config
+from kvray.core.ids import BlockKey, NodeId
+from kvray.node.loop import NodeLoop
+from kvray.node.serving import Serving
+
+logger = logging.getLogger("kvray.node")
+
+STOP_DEADLINE_S = 20.0  # threads end within 5 s each; unmapping a terabyte takes seconds
+
+
+class NodeStore:
+    """One per Ray node and cluster. Ray may call several methods at a time.
+
+    settings: Config.to_dict(). node_id: Ray's id of the node that it is pinned to.
+    """
+
+    def __init__(self, settings: dict[str, object], node_id: str) -> None:
+        refuse_optimized()
+        log_to_stderr()
+        self._name = f"NodeStore(node={node_id[:8]})"
+        self._loop = NodeLoop(Config.parse(settings), NodeId(node_id))
+        self._loop.start()
+
+    def __repr__(self) -> str:
+        return self._name
+
+    def wake(self) -> None:
+        """A peer is about to connect to us or to read from us: poll the link quickly."""
+        self._loop.wake()
+
+    def status(self) -> dict[str, Any]:
+        """Plain data: phase and problem of the start, and the core's snapshot when it serves."""
+        return self._loop.status()
+
+    def block_bytes(self, key: bytes) -> bytes | None:
+        """A copy of a READY block's payload, for tests and verification."""
+        payload: bytes | None = self._loop.ask(lambda serving: serving.block_bytes(BlockKey(key)))
+        return payload
+
+    def block_keys(self) -> list[bytes]:
+        """Of all READY blocks, for tests and verification."""
+        keys: list[bytes] = self._loop.ask(Serving.block_keys)
+        return keys
+
+    def clear(self) -> None:
+        """Evict every block that nobody has pinned."""
+        self._loop.ask(Serving.clear)
+
+    def check(self) -> None:
+        """Assert all invariants; a broken one ends this process, as any bug does."""
+        self._loop.ask(Serving.check)
+
+    def stop(self) -> list[str]:
+        """Say bye and leave no slab and no socket; the caller kills the actor then. Returns the
+        paths that are left all the same.
+        """
+        return self._loop.stop(STOP_DEADLINE_S)

@@ -1,0 +1,252 @@
+"""The life of a NodeStore, in a thread of its own.
+
+    OPENING ──slab──▶ LINKING ──agent──▶ SERVING ──stop──▶ STOPPED
+       ▲                 │
+       │                 └──────────┐
+       └──after RETRY_S── FAILED ◀──┴── the slab does not fit, is another's, no agent can be made
+
+What can not be now may be possible later (memory that comes free, a predecessor that ends), and an
+actor that dies of it would only be started again by Ray, without end: so a NodeStore that can not
+serve says why, and tries again. A bug ends the process, and Ray starts the actor anew, in a new
+epoch and with every READY block.
+"""
+
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from enum import StrEnum
+from typing import Any
+
+from kvray import __version__
+from kvray.actors import ending_on_bug
+from kvray.config import Config, default_runtime_dir
+from kvray.core.ids import Epoch, NodeId
+from kvray.core.layout import FORMAT_VERSION
+from kvray.core.messages import NodeInfo
+from kvray.core.store import StoreCore, StoreLimits
+from kvray.errors import KVRayError, LinkError, NodeLostError, SlabError
+from kvray.link.base import Link
+from kvray.node.control import Control
+from kvray.node.inbox import Inbox, Question
+from kvray.node.opening import left_behind, open_slab
+from kvray.node.peers import LinkFailed, LinkOpened, LinkThread
+from kvray.node.server import LocalServer
+from kvray.node.serving import Serving, clock_ms
+from kvray.node.slab import SlabOwner
+from kvray.node.slab_file import runtime_directory
+
+logger = logging.getLogger("kvray.node")
+
+RETRY_S = 5.0  # between attempts to start
+LINK_DEADLINE_S = 30.0  # making the first agent takes 0.4 to 1.4 s, and seconds on a busy host
+QUESTION_DEADLINE_S = 5.0  # the loop's longest step is far below; a longer silence is worth saying
+
+
+class Phase(StrEnum):
+    """See the picture in the module's docstring."""
+
+    OPENING = "opening"
+    LINKING = "linking"
+    SERVING = "serving"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+class NodeLoop(threading.Thread):
+    """One per NodeStore. Its public methods are for other threads."""
+
+    def __init__(self, config: Config, node_id: NodeId) -> None:
+        super().__init__(name="kvray-node", daemon=True)
+        self._config = config
+        self._node_id = node_id
+        self._stopping = threading.Event()
+        self._inbox = Inbox()
+        self._phase = Phase.OPENING
+        self._problem: KVRayError | None = None
+        self._cleared_bytes = self._slab_bytes = 0  # while a new slab is being cleared
+        self._left: list[str] = []
+        self._link: LinkThread | None = None
+        self._serving: Serving | None = None
+
+    def wake(self) -> None:
+        """A peer is about to read from us."""
+        link = self._link
+        if link is not None:
+            link.wake()
+
+    def ask(self, question: Callable[[Serving], Any]) -> Any:  # noqa: ANN401 (its answer)
+        """Work something out on the loop's thread. Raises NodeLostError if it does not serve."""
+        serving = self._serving
+        if serving is None:
+            raise NodeLostError(f"the NodeStore of node {self._node_id} is {self._phase}")
+        answer: Future[Any] = Future()
+        self._inbox.append(Question(lambda: question(serving), answer))
+        try:
+            return answer.result(QUESTION_DEADLINE_S)
+        except TimeoutError as exc:
+            raise NodeLostError(
+                f"the NodeStore of node {self._node_id} is busy or has stopped: no answer in "
+                f"{QUESTION_DEADLINE_S:.0f} s"
+            ) from exc
+
+    def status(self) -> dict[str, Any]:
+        """Plain data; from the core, too, while it serves."""
+        problem = self._problem
+        known: dict[str, Any] = {
+            "node_id": self._node_id,
+            "pid": os.getpid(),
+            "phase": self._phase.value,
+            "problem": problem and {"kind": type(problem).__name__, "text": str(problem)},
+            "slab_bytes": self._slab_bytes,
+            "cleared_bytes": self._cleared_bytes,
+            "runtime_dir": self._config.runtime_dir or default_runtime_dir(),
+        }
+        if self._phase is Phase.SERVING:
+            known |= self.ask(Serving.status)
+        return known
+
+    def stop(self, deadline_s: float) -> list[str]:
+        """Say bye, give everything back, and end. Returns the files that are left."""
+        self._stopping.set()
+        self._inbox.ring()
+        self.join(deadline_s)
+        if self.is_alive():
+            return [f"the NodeStore of node {self._node_id}, which does not end"]
+        return self._left
+
+    # ---- the thread
+
+    def run(self) -> None:
+        with ending_on_bug("a NodeStore"):
+            while not self._stopping.is_set():
+                try:
+                    self._phase = Phase.OPENING
+                    self._live()
+                except KVRayError as exc:
+                    if not self._stopping.is_set():
+                        self._fail(exc)
+                        self._stopping.wait(RETRY_S)
+            self._phase = Phase.STOPPED
+
+    def _fail(self, error: KVRayError) -> None:
+        if str(error) != str(self._problem):
+            logger.error("this NodeStore can not start, and tries again: %s", error)
+        self._problem = error
+        self._phase = Phase.FAILED
+
+    def _live(self) -> None:
+        """From nothing to the end. Raises KVRayError if it can not serve."""
+        runtime = runtime_directory(self._config.runtime_dir)
+        slab = open_slab(self._config, self._node_id, runtime=runtime, on_progress=self._on_cleared)
+        self._cleared_bytes = self._slab_bytes = slab.geometry.slab_bytes
+        self._phase = Phase.LINKING
+        self._link = LinkThread(
+            slab_address=slab.address,
+            slab_bytes=slab.geometry.slab_bytes,
+            on_event=self._inbox.append,
+        )
+        try:
+            self._serve(slab, self._link)
+        finally:
+            reads_in_flight = self._link.close()
+            self._link = None
+            self._left = _give_back(
+                slab, unlink=self._stopping.is_set(), unmap=reads_in_flight == 0
+            )
+
+    def _serve(self, slab: SlabOwner, link: LinkThread) -> None:
+        born_ms, born_wall_clock_ms = clock_ms(), int(time.time() * 1000)
+        epoch = slab.next_epoch(wall_clock_ms=born_wall_clock_ms)
+        opened = self._open_first_link(link, epoch)
+        store = StoreCore(
+            slab.geometry,
+            generation_mark=slab.generation_mark,
+            limits=StoreLimits(probation_fraction=self._config.probation_fraction),
+        )
+        store.adopt(slab.extents, slab.headers, now_ms=clock_ms())
+        info = NodeInfo(
+            node_id=self._node_id,
+            epoch=epoch,
+            link_name=opened.name,
+            link_metadata=opened.metadata,
+            slab_id=slab.slab_id,
+            slab_address=slab.address,
+            slab_bytes=slab.geometry.slab_bytes,
+            extent_bytes=slab.geometry.extent_bytes,
+            host=socket.gethostname(),
+            kvray_version=__version__,
+            format_version=FORMAT_VERSION,
+        )
+        control = Control(self._config.cluster_name, self._inbox.append)
+        server = LocalServer(str(slab.paths.socket))
+        control.start()
+        serving = Serving(
+            info=info,
+            slab=slab,
+            store=store,
+            link=link,
+            control=control,
+            server=server,
+            inbox=self._inbox,
+            open_link=lambda new_epoch: link.open(self._link_maker(new_epoch)),
+            born_ms=born_ms,
+            wall_clock_offset_ms=born_wall_clock_ms - born_ms,
+        )
+        self._serving = serving
+        self._phase = Phase.SERVING
+        self._problem = None
+        logger.info("node %s serves as epoch %d: %s", self._node_id, epoch, slab.paths.slab)
+        try:
+            serving.run(self._stopping.is_set)
+        finally:
+            self._serving = None
+            serving.close()
+            control.say_bye(self._node_id, serving.epoch)
+            control.close()
+
+    def _open_first_link(self, link: LinkThread, epoch: Epoch) -> LinkOpened:
+        link.open(self._link_maker(epoch))
+        end_s = time.monotonic() + LINK_DEADLINE_S
+        while not self._stopping.is_set() and (left_s := end_s - time.monotonic()) > 0:
+            select.select([self._inbox], [], [], left_s)
+            for event in self._inbox.take():
+                if isinstance(event, LinkOpened):
+                    return event
+                if isinstance(event, LinkFailed):
+                    raise LinkError(event.reason)
+        raise LinkError(f"no NIXL agent could be made within {LINK_DEADLINE_S:.0f} s")
+
+    def _link_maker(self, epoch: Epoch) -> Callable[[], Link]:
+        name = f"kvray:{self._config.cluster_name}:{self._node_id}:{epoch}"
+
+        def make() -> Link:
+            # On the link thread, which is the first and only one to load NIXL.
+            try:
+                from kvray.link.nixl import NixlLink
+            except ImportError as exc:
+                raise LinkError(f"NIXL can not be loaded: {exc}") from exc
+            return NixlLink(name)
+
+        return make
+
+    def _on_cleared(self, done_bytes: int, all_bytes: int) -> None:
+        self._cleared_bytes, self._slab_bytes = done_bytes, all_bytes
+        if self._stopping.is_set():
+            raise SlabError("stopped while the slab was being cleared")
+
+
+def _give_back(slab: SlabOwner, *, unlink: bool, unmap: bool) -> list[str]:
+    """The files that are left. A read that has not ended may still write into the mapping: then
+    only the name goes, and the memory with this process.
+    """
+    paths = slab.paths
+    if unmap:
+        slab.close(unlink=unlink)
+    elif unlink:
+        paths.slab.unlink(missing_ok=True)
+    return left_behind(paths) if unlink else []

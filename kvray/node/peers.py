@@ -1,0 +1,139 @@
+"""The link thread: everything that a NodeStore reads from its peers, and what they read of it.
+
+    NodeStore's loop ──submit(command)──▶ queue ──▶ LinkThread ──▶ LinkLoop ──▶ Link
+           ▲                                                          │
+           └────────── on_event: append, ring ◀───── LinkEvent ───────┘
+
+A thread of its own, because a read over cma blocks for as long as the copy takes, and because peers
+get on only while somebody polls for them (see link.nixl).
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+
+from kvray.node.link_loop import (
+    ConnectFailed,
+    Ending,
+    LinkCommand,
+    LinkEvent,
+    LinkFailed,
+    LinkLoop,
+    LinkOpened,
+    MakeLink,
+    OpenLink,
+    PeerConnected,
+    ReadEnded,
+    Wake,
+)
+from kvray.node.scratch import REGION_COUNT, HeaderScratch
+
+__all__ = [
+    "ConnectFailed",
+    "Ending",
+    "LinkCommand",
+    "LinkEvent",
+    "LinkFailed",
+    "LinkOpened",
+    "LinkThread",
+    "MakeLink",
+    "PeerConnected",
+    "ReadEnded",
+]
+
+logger = logging.getLogger(__name__)
+
+CLOSE_LIMIT_S = 5.0  # a step blocks for the largest copy, 32 MiB, or while an agent is made
+
+
+class LinkThread:
+    """A LinkLoop in a thread of its own. All methods may be called by any one other thread.
+
+    on_event is called on the link thread: it appends to a queue and rings, and never blocks. What
+    is asked before a link has been opened is refused.
+    """
+
+    def __init__(
+        self,
+        *,
+        slab_address: int,
+        slab_bytes: int,
+        on_event: Callable[[LinkEvent], None],
+        scratch_regions: int = REGION_COUNT,
+    ) -> None:
+        self._on_event = on_event
+        self._scratch = HeaderScratch(scratch_regions)
+        self._loop = LinkLoop(
+            slab_address=slab_address,
+            slab_bytes=slab_bytes,
+            on_event=on_event,
+            scratch=self._scratch,
+        )
+        self._commands: SimpleQueue[LinkCommand | None] = SimpleQueue()
+        # A daemon: should a call into NIXL never return, the process can end all the same.
+        self._thread = threading.Thread(target=self._run, name="kvray-link", daemon=True)
+        self._thread.start()
+
+    def open(self, make_link: MakeLink) -> None:
+        """Answered by LinkOpened or LinkFailed. Again for a new epoch: peers are forgotten then,
+        reads in flight go on with the old link until they end.
+        """
+        self.submit(OpenLink(make_link))
+
+    def submit(self, command: LinkCommand) -> None:
+        """Done in the order of submission, at once, whatever the pace of polling."""
+        self._commands.put(command)
+
+    def wake(self) -> None:
+        """A peer is about to connect to us or to read from us: poll quickly for a while."""
+        self.submit(Wake())
+
+    def close(self, *, limit_s: float = CLOSE_LIMIT_S) -> int:
+        """Ends thread and link; no event comes after it. Returns how many reads have not ended:
+        if that is not 0 the slab must stay mapped until the process ends.
+        """
+        self._commands.put(None)
+        self._thread.join(limit_s)
+        in_flight = self._loop.in_flight
+        if self._thread.is_alive():
+            logger.error("the link thread does not end; a call into the link hangs")
+            in_flight = max(1, in_flight)
+        if in_flight:
+            _kept.append(self._scratch)
+        return in_flight
+
+    def snapshot(self) -> dict[str, int | str]:
+        return self._loop.snapshot()
+
+    def _run(self) -> None:
+        try:
+            self._steps()
+        except Exception as exc:
+            # The outermost loop of this thread. The NodeStore takes the event as its own end.
+            logger.exception("the link thread has ended")
+            self._on_event(LinkFailed(f"{type(exc).__name__}: {exc}", fatal=True))
+
+    def _steps(self) -> None:
+        loop = self._loop
+        wait_us = 0
+        while True:
+            try:
+                command = self._commands.get(timeout=wait_us / 1e6)
+            except Empty:
+                pass
+            else:
+                if command is None:
+                    break
+                loop.do(command, _now_us())
+            loop.poll(_now_us())
+            wait_us = loop.next_wait_us(_now_us()) if self._commands.empty() else 0
+        loop.close()
+
+
+_kept: list[HeaderScratch] = []  # reads may still write into these; they end with the process
+
+
+def _now_us() -> int:
+    return time.monotonic_ns() // 1_000

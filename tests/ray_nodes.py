@@ -1,0 +1,111 @@
+"""A Ray cluster of several nodes on this machine with kvray on it, for integration tests.
+
+    with running_nodes(2) as nodes:
+        engine = start_engine(tiny(), folder=..., kv_transfer_config=nodes.transfer(0))
+
+The engines are plain processes beside the raylets, as `vllm serve` is: each is told which node it
+belongs to, since all nodes share one host here.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster as RayCluster
+
+import kvray
+from kvray.actors import RAY_NAMESPACE, node_store_name
+from kvray.config import socket_path
+from kvray.core.ids import BlockKey
+from kvray.engine.attach import transfer_settings
+
+SLAB_BYTES = 256 << 20  # 240 chunks of the tiny model
+EXTENT_BYTES = 16 << 20
+READY_LIMIT_S = 60.0  # two actor starts beside other work
+WAIT_LIMIT_S = 10.0  # an announce goes out within 5 ms; ten seconds are a busy machine
+POLL_S = 0.01
+
+
+def wait_until(condition: Callable[[], bool], *, what: str, limit_s: float = WAIT_LIMIT_S) -> None:
+    """Polls until the condition holds, or fails saying what did not come."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come within {limit_s:.0f} s"
+        time.sleep(POLL_S)
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """A running cluster. node_ids: Ray's, the head first."""
+
+    cluster: kvray.Cluster
+    ray_cluster: RayCluster
+    node_ids: list[str]
+
+    def settings(self, index: int, **settings: Any) -> dict[str, Any]:
+        """EngineConfig of an engine that belongs to node `index`."""
+        ours = self.cluster.engine_settings()
+        return {**ours, "node_id": self.node_ids[index], **settings}
+
+    def transfer(self, index: int, **settings: Any) -> dict[str, Any]:
+        """kv_transfer_config of such an engine."""
+        return transfer_settings(self.settings(index, **settings))
+
+    def store(self, index: int) -> Any:
+        """The NodeStore actor of node `index`."""
+        name = node_store_name(self.cluster.name, self.node_ids[index])
+        return ray.get_actor(name, namespace=RAY_NAMESPACE)
+
+    def status(self, index: int) -> dict[str, Any]:
+        found: dict[str, Any] = ray.get(self.store(index).status.remote())
+        return found
+
+    def block(self, index: int, key: BlockKey) -> bytes | None:
+        """The payload of a READY block in the slab of node `index`, copied."""
+        found: bytes | None = ray.get(self.store(index).block_bytes.remote(key))
+        return found
+
+    def keys(self, index: int) -> list[BlockKey]:
+        """Of all READY blocks of node `index`."""
+        return [BlockKey(key) for key in ray.get(self.store(index).block_keys.remote())]
+
+    def socket_path(self, index: int) -> str:
+        return socket_path(None, self.cluster.name, self.node_ids[index])
+
+    def wait_unpinned(self, index: int) -> None:
+        """Until no request holds a slot of node `index` any more."""
+        wait_until(lambda: not self.status(index)["store"]["pins"], what="the end of all pins")
+
+    def wait_listed(self, keys: list[BlockKey]) -> None:
+        """Until the directory knows where each of these is."""
+        wait_until(
+            lambda: all(self.cluster.where(*keys)),
+            what=f"the announcement of {len(keys)} blocks",
+        )
+
+
+@contextmanager
+def running_nodes(
+    count: int = 2, *, slab_bytes: int = SLAB_BYTES, extent_bytes: int = EXTENT_BYTES
+) -> Iterator[Nodes]:
+    """A cluster of `count` nodes with a NodeStore on each; all of it is gone afterwards."""
+    ray_cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        for _ in range(count - 1):
+            ray_cluster.add_node(num_cpus=2)
+        ray_cluster.wait_for_nodes()
+        ray.init(address=ray_cluster.address, log_to_driver=False, logging_level="warning")
+        cluster = kvray.start(kvray.Config(slab_bytes=slab_bytes, extent_bytes=extent_bytes))
+        try:
+            cluster.wait_ready(count, deadline_s=READY_LIMIT_S)
+            head = ray.get_runtime_context().get_node_id()
+            others = [n["NodeID"] for n in ray.nodes() if n["NodeID"] != head]
+            yield Nodes(cluster, ray_cluster, [head, *others])
+        finally:
+            cluster.stop()
+    finally:
+        ray.shutdown()
+        ray_cluster.shutdown()
