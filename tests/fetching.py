@@ -117,6 +117,7 @@ class FetchWorld:
     arrived: list[tuple[Waiter, BlockKey]] = field(default_factory=list)
     missed: list[tuple[Waiter, BlockKey, MissReason]] = field(default_factory=list)
     failed_peers: list[PeerFailed] = field(default_factory=list)
+    lies: dict[str, int | bytes] = field(default_factory=dict)  # fields of every peer's headers
     content: dict[Place, BlockKey | None] = field(default_factory=dict)  # None: torn or nothing
     next_slot: int = 0
 
@@ -345,6 +346,8 @@ class FetchWorld:
             row["offset"] = geometry.slot_offset(slot, block_bytes)
             row["bytes"] = block_bytes
             row["state"] = SlotState.READY
+            for name, value in self.lies.items():
+                row[name] = np.void(value) if isinstance(value, bytes) else value
         return rows
 
 

@@ -66,6 +66,8 @@ def settle(llm: Any) -> dict[str, Any]:
     """Returns the stats once nothing is under way any more: all stores are committed or given up.
     An engine in this process steps only when it is told to."""
     core = llm.llm_engine.engine_core
+    if not hasattr(core, "call_utility"):
+        core.engine_core.step()  # offers the last chunk of a request that has just ended
     for _ in range(MAX_SETTLE_ROUNDS):
         found = stats(llm)
         if not found["pending"]:

@@ -360,22 +360,21 @@ class Catalogue:
             assert np.array_equal(found, used[own]), "a key of a listing leads elsewhere"
 
     def _check_listings(self, content: Rows) -> None:
-        def counts(listings: NDArray[np.uint16]) -> list[int]:
-            numbers: list[int] = np.bincount(listings, minlength=MAX_LISTINGS + 1).tolist()
-            return numbers
-
-        removed = content[content["bytes"] == 0]
-        assert self._row_counts == counts(content["listing"]), "rows of a listing"
-        assert self._removed_counts == counts(removed["listing"]), "removals of a listing"
-        free = set(self._free_listings)
-        assert len(free) == len(self._free_listings)
-        assert free | {0} == set(np.flatnonzero(self._standing == Standing.FREE).tolist())
-        assert not any(self._row_counts[listing] for listing in free), "a free listing has rows"
-        settled = set(np.flatnonzero(self._standing >= Standing.LAST).tolist())
-        assert self._unswept == {
-            *np.flatnonzero(self._standing == Standing.DROPPED).tolist(),
-            *(listing for listing in settled if self._removed_counts[listing]),
-        }, "the sweep looks for something else"
+        taken = np.flatnonzero(self._standing).tolist()
+        free = np.array(self._free_listings, np.intp)
+        assert not self._standing[free].any(), "a free listing has a standing"
+        assert len(np.unique(free)) == len(free) == MAX_LISTINGS - len(taken), "a lost listing"
+        assert sum(self._row_counts) == len(content), "rows of a free listing"
+        unswept = set()
+        for number in taken:
+            own = content[content["listing"] == number]
+            removed_count = int(np.count_nonzero(own["bytes"] == 0))
+            assert self._row_counts[number] == len(own), "rows are counted wrong"
+            assert self._removed_counts[number] == removed_count, "removals are counted wrong"
+            standing = self._standing[number]
+            if standing == Standing.DROPPED or (standing >= Standing.LAST and removed_count):
+                unswept.add(number)
+        assert unswept == self._unswept, "the sweep looks for something else"
 
 
 def _halves(keys: bytes) -> tuple[U64, U64]:

@@ -246,7 +246,7 @@ class DirectoryCore:
         period_ms = heartbeat_period_ms(len(self._roster))
         if member is not None:
             period_ms = self._roster.tell_period(member)
-        is_current = announce.term == self._term and announce.roster_version == self._roster.version
+        is_current = announce.roster_version == self._roster.version
         return AnnounceReply(
             status=status,
             term=self._term,

@@ -10,6 +10,7 @@ by Ray without end; it comes back empty, with a greater term, and the NodeStores
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -106,6 +107,9 @@ class Directory:
     def origin(self) -> tuple[str, dict[str, object]]:
         """Whose start() made us, and with which settings."""
         return self._starter, self._config.to_dict()
+
+    def pid(self) -> int:
+        return os.getpid()
 
     def where(self, keys: Sequence[bytes]) -> list[list[dict[str, Any]]]:
         """For each key its locations, as plain data."""

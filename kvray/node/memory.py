@@ -147,10 +147,8 @@ def lock_refusal(length_bytes: int) -> str | None:
     address = ctypes.c_void_p(view.ctypes.data)
     refused = mlock2(address, ctypes.c_size_t(length_bytes), _MLOCK_ONFAULT) != 0
     number = ctypes.get_errno()
-    if not refused:
-        _libc.munlock(address, ctypes.c_size_t(length_bytes))
     del view
-    probe.close()
+    probe.close()  # which ends the lock
     if not refused or number == errno.ENOSYS:
         return None
     return _refusal(length_bytes, number)

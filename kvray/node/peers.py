@@ -11,8 +11,9 @@ get on only while somebody polls for them (see link.nixl).
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
+from contextlib import suppress
 
 from kvray.node.link_loop import (
     ConnectFailed,
@@ -45,6 +46,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+MAX_COMMANDS = 65_536  # waiting to be done: core.fetch stops far below, so more is a bug
 CLOSE_LIMIT_S = 5.0  # a step blocks for the largest copy, 32 MiB, or while an agent is made
 
 
@@ -71,7 +73,9 @@ class LinkThread:
             on_event=on_event,
             scratch=self._scratch,
         )
-        self._commands: SimpleQueue[LinkCommand | None] = SimpleQueue()
+        self._commands: deque[LinkCommand] = deque()
+        self._bell = _Bell()
+        self._closing = False
         # A daemon: should a call into NIXL never return, the process can end all the same.
         self._thread = threading.Thread(target=self._run, name="kvray-link", daemon=True)
         self._thread.start()
@@ -84,17 +88,22 @@ class LinkThread:
 
     def submit(self, command: LinkCommand) -> None:
         """Done in the order of submission, at once, whatever the pace of polling."""
-        self._commands.put(command)
+        assert len(self._commands) < MAX_COMMANDS
+        self._commands.append(command)
+        self._bell.ring()
 
     def wake(self) -> None:
         """A peer is about to connect to us or to read from us: poll quickly for a while."""
         self.submit(Wake())
 
     def close(self, *, limit_s: float = CLOSE_LIMIT_S) -> int:
-        """Ends thread and link; no event comes after it. Returns how many reads have not ended:
-        if that is not 0 the slab must stay mapped until the process ends.
+        """Ends thread and link. What has not been begun is dropped, and no event comes any more.
+
+        Returns how many reads have not ended: if that is not 0, the slab must stay mapped until
+        the process ends.
         """
-        self._commands.put(None)
+        self._closing = True
+        self._bell.ring()
         self._thread.join(limit_s)
         in_flight = self._loop.in_flight
         if self._thread.is_alive():
@@ -117,19 +126,33 @@ class LinkThread:
 
     def _steps(self) -> None:
         loop = self._loop
-        wait_us = 0
-        while True:
-            try:
-                command = self._commands.get(timeout=wait_us / 1e6)
-            except Empty:
-                pass
-            else:
-                if command is None:
-                    break
-                loop.do(command, _now_us())
+        while not self._closing:
+            if self._commands:
+                loop.do(self._commands.popleft(), _now_us())
             loop.poll(_now_us())
-            wait_us = loop.next_wait_us(_now_us()) if self._commands.empty() else 0
+            if not self._commands:
+                self._bell.wait(loop.next_wait_us(_now_us()) / 1e6)
         loop.close()
+
+
+class _Bell:
+    """Wakes one thread, now or at its next wait. A lock that is held unless it has been rung.
+
+    Waiting for a lock is the cheapest timed wait there is, and what idling costs is its wake-ups.
+    Not SimpleQueue.get(timeout): a short one may never return, since CPython (3.11 to 3.13) takes
+    what is left of a timeout that has just passed, a negative number, for no timeout.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def ring(self) -> None:
+        with suppress(RuntimeError):  # it has been rung already
+            self._lock.release()
+
+    def wait(self, limit_s: float) -> None:
+        self._lock.acquire(timeout=limit_s)
 
 
 _kept: list[HeaderScratch] = []  # reads may still write into these; they end with the process

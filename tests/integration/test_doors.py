@@ -160,7 +160,7 @@ def test_vllm_serve_with_a_plain_kv_transfer_config_answers_http_from_the_cache(
         )
         post(port, "/reset_prefix_cache", None)
         used = complete(port, prompt)["usage"]
-        hits = nodes.status(0)["counters"]["hits_local"]
+        hits = nodes.status(0)["lookups"]["hits_local"]
         assert hits >= TOKENS // 128, used
     finally:
         group.end()

@@ -52,7 +52,7 @@ def test_preempted_requests_come_back_with_the_right_tokens(
 ) -> None:
     roomy = engine_factory(tiny())
     cramped = engine_factory(
-        tiny(), kv_transfer_config=nodes.transfer(0), num_gpu_blocks_override=24
+        tiny(), kv_transfer_config=nodes.transfer(0), num_gpu_blocks_override=24, max_model_len=1_024
     )
     prompts = [prompt_of(700, seed=100 + seed) for seed in range(4)]  # 24 blocks and their answers
     controls = [roomy.generate(prompt, max_tokens=150).tokens for prompt in prompts]

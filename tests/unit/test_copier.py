@@ -347,6 +347,21 @@ def test_a_copy_that_can_not_be_done_is_a_failed_job(executor: CpuExecutor) -> N
     assert ends[2].ok
 
 
+def test_a_job_of_which_one_part_can_not_be_copied_is_a_failed_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also if its other parts end later, and well."""
+    monkeypatch.setattr("kvray.engine.copier.MAX_PART_BYTES", 16 * PAGE_BYTES)
+    executor = CpuExecutor(1)
+    copy = Copy(64)
+    sizes = copy.columns[2].astype(np.int64)
+    sizes[0] = -8
+    executor.submit(1, copy.columns[0], copy.columns[1], sizes)  # type: ignore[arg-type]
+    assert ended(executor, 1)[1][1:3] == (False, 0)
+    assert (copy.target[: 32 * PAGE_BYTES] == copy.source[: 32 * PAGE_BYTES]).all()
+    executor.close()
+
+
 def test_what_the_pointers_point_into_is_kept_until_then_and_no_longer() -> None:
     class Slab:
         pass

@@ -6,7 +6,7 @@ import pytest
 
 from kvray.core.commands import MissReason, ReadKind
 from kvray.core.fetch import FetchLimits, Source
-from kvray.core.ids import Epoch, Generation, NodeId, SlotIndex
+from kvray.core.ids import Epoch, Generation, NodeId, SlotIndex, SlotState
 from tests.fetching import BLOCK_BYTES, FetchWorld, Target, key, node_info, waiter
 
 A, B, C = key(1), key(2), key(3)
@@ -63,6 +63,29 @@ def test_the_same_block_in_a_later_generation_does_not_count_either() -> None:
     world.want(ME, [A])
     world.locate([world.fill("peer", 7, A, generation=1)])
     world.fill("peer", 7, A, generation=2)  # rewritten while it was read: torn, whatever the key
+    world.end_read()
+    world.end_read()
+
+    assert world.missed == [(ME, A, MissReason.STALE)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("state", SlotState.WRITING),
+        ("state", SlotState.QUARANTINE),
+        ("state", SlotState.ABSENT),
+        ("generation", 2),
+        ("key", B),
+        ("offset", 0),
+        ("bytes", BLOCK_BYTES - 1),
+    ],
+)
+def test_a_header_that_differs_in_anything_is_no_proof(name: str, value: int | bytes) -> None:
+    world = FetchWorld.with_peers("peer")
+    world.lies[name] = value
+    world.want(ME, [A])
+    world.locate([world.fill("peer", 7, A)])
     world.end_read()
     world.end_read()
 

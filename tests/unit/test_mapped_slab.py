@@ -155,8 +155,6 @@ def test_what_was_committed_matches(slab: SlabOwner, places: list[Place]) -> Non
         ("offsets", 4096),
         ("slot_bytes", 1),
         ("slots", 1),
-        ("slots", GEOMETRY.slot_count),
-        ("slots", 2**32 - 4096),
     ],
 )
 def test_one_wrong_number_is_one_mismatch(
@@ -167,6 +165,15 @@ def test_one_wrong_number_is_one_mismatch(
     expected = [True, True, False, True, True]
     assert map_slab(slab).headers_match(**told).tolist() == expected
     assert not map_slab(slab).all_match(**told)
+
+
+@pytest.mark.parametrize("slot", [GEOMETRY.slot_count, GEOMETRY.slot_count + 1, 2**32 - 1])
+def test_a_slot_behind_the_last_does_not_match(
+    slab: SlabOwner, places: list[Place], slot: int
+) -> None:
+    told = columns(places)
+    told["slots"][0] = slot
+    assert map_slab(slab).headers_match(**told).tolist() == [False] + [True] * 4
 
 
 @pytest.mark.parametrize("place", range(16))

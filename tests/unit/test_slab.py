@@ -28,7 +28,7 @@ from kvray.core.ids import (
 from kvray.core.layout import MAX_CLIENTS, WRITER_NODE, Geometry
 from kvray.errors import SlabBusyError
 from kvray.node.slab import SlabOwner
-from kvray.node.slab_file import sweep
+from kvray.node.slab_file import SHM_DIRECTORY, sweep
 from tests.slabs import (
     BLOCK_BYTES,
     GEOMETRY,
@@ -87,6 +87,17 @@ def test_a_new_slab_is_private_allocated_and_empty(host: Host) -> None:
     assert (slab.epoch, slab.generation_mark, slab.clients()) == (0, 0, [])
     assert os.get_inheritable(slab.fd) is False
     slab.check()
+
+
+def test_all_pages_are_taken_before_the_first_is_cleared(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a host without room says so at once, and not after a minute of clearing."""
+    monkeypatch.setattr("kvray.node.memory.POPULATE_STEP_BYTES", 64 * 1024)
+    path = SHM_DIRECTORY / f"kvray-{host.cluster}-{NODE[:16]}.slab"
+    taken: list[int] = []
+    host.open(on_progress=lambda *_: taken.append(path.stat().st_blocks * 512))
+    assert taken == [GEOMETRY.slab_bytes] * (GEOMETRY.slab_bytes // (64 * 1024))
 
 
 def test_each_new_slab_has_an_id_of_its_own(host: Host) -> None:

@@ -2,6 +2,7 @@
 there. Method: real folders, wrong in one way each.
 """
 
+import fcntl
 import os
 import stat
 from pathlib import Path
@@ -132,6 +133,25 @@ def test_a_lock_file_that_somebody_has_removed_is_made_anew(tmp_path: Path) -> N
     other = SlabLock.acquire(path)
     assert other is not None
     other.release()
+    lock.release()
+
+
+def test_a_lock_file_replaced_while_it_is_being_locked_is_not_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise we would hold a file that nobody else ever finds."""
+    path = tmp_path / "a.lock"
+    flock = fcntl.flock
+
+    def clean_up_first(descriptor: int, operation: int) -> None:
+        monkeypatch.undo()
+        path.unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", clean_up_first)
+    lock = SlabLock.acquire(path)
+    assert lock is not None
+    assert SlabLock.acquire(path) is None
     lock.release()
 
 

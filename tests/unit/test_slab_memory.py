@@ -52,10 +52,12 @@ def test_a_slab_that_does_not_fit_is_refused_with_the_numbers(
         assert str(number) in str(refusal.value)
 
 
-def test_a_slab_that_fits_exactly_is_allowed() -> None:
-    exact = HostMemory(
-        shm_free=10 * GIB, shm_total=50 * GIB, available=10 * GIB, total=100 * GIB, used=85 * GIB
-    )
+@pytest.mark.parametrize(
+    "exact",
+    [changed(shm_free=10 * GIB), changed(available=10 * GIB), changed(used=85 * GIB)],
+    ids=["shm", "available", "ray"],
+)
+def test_a_slab_that_fits_exactly_is_allowed(exact: HostMemory) -> None:
     check_size(10 * GIB, memory=exact, freed_bytes=0, memory_usage_threshold=0.95)
     with pytest.raises(ConfigError):
         check_size(10 * GIB + 1, memory=exact, freed_bytes=0, memory_usage_threshold=0.95)
