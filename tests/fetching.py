@@ -232,7 +232,7 @@ class FetchWorld:
                 break
         self.core.check()
 
-    def _do(self, command: FetchCommand) -> None:
+    def _do(self, command: FetchCommand) -> None:  # noqa: C901, PLR0912
         match command:
             case AskDirectory(locate_id, keys):
                 assert len(set(keys)) == len(keys) <= self.limits.max_locate_keys

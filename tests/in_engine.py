@@ -189,14 +189,10 @@ def _writable_headers(slab: Any) -> Any:
 # ---- what is loaded where
 
 
-def imported_modules(pid: int) -> list[str]:
+def mapped_objects(pid: int) -> list[str]:
     """Shared objects mapped into a process: what it has loaded, whoever imported it."""
     maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
     return sorted({line.split(maxsplit=5)[5] for line in maps if line.count(" /") == 1})
-
-
-def own_modules(_llm: Any) -> list[str]:
-    return sorted(sys.modules)
 
 
 def own_pid(_llm: Any) -> int:

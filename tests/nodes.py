@@ -387,7 +387,7 @@ class Cluster:
         return decode(
             encode(reply),
             max_bytes=MAX_CALL_BYTES,
-            expect=NodeHelloReply | AnnounceReply | LocateReply,  # type: ignore[arg-type]
+            expect=NodeHelloReply | AnnounceReply | LocateReply,
         )
 
     def settle(self) -> None:

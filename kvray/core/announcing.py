@@ -272,13 +272,16 @@ class Announcing:
                 self._limits.last_retry_ms,
             )
             return [Log(f"the directory does not know this node; its term is {reply.term}")]
-        self._was_heard = True
+        commands: list[AnnouncingCommand] = []
+        if not self._was_heard:
+            self._was_heard = True
+            commands.append(Log("the directory answers again"))
         self._greet_after_ms = 0
         if reply.roster is not None:
             self._take_roster(reply.roster, reply.roster_version)
         if reply.status is AnnounceStatus.RESYNC:
             self._begin_resync(now_ms)
-        return []
+        return commands
 
     def _begin_resync(self, now_ms: int) -> None:
         """The set stands for every change up to now. They are drained, since an add that has not

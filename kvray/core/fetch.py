@@ -292,8 +292,7 @@ class FetchCore:
     def _fail(self, read: Read, reason: str, now_ms: int) -> None:
         """A peer did not do what it should: ask others."""
         peer = read.peer
-        if now_ms >= peer.avoid_until_ms:
-            avoid_ms = peer.fail(now_ms)
+        if avoid_ms := peer.fail(now_ms):
             self._commands.append(PeerFailed(peer.node_id, peer.epoch, avoid_ms, reason))
         for fetch in (*read.fetches, *self._turns.take_all(peer)):
             self._try_next(fetch, MissReason.PEER_FAILED)

@@ -98,13 +98,14 @@ class Peer:
         return slots * np.uint64(HEADER_BYTES) + np.uint64(self._geometry.slot_table_offset)
 
     def fail(self, now_ms: int) -> int:
-        """It did not do what was asked: avoid it, for so many ms. Failures of reads that were
-        posted before the first one of them was seen count as one.
+        """It did not do what was asked: avoid it. For how long; 0 if it is avoided already, since
+        reads that were posted before the first of them failed count as one failure.
         """
-        if now_ms >= self.avoid_until_ms:
-            self._avoid_ms = min(max(2 * self._avoid_ms, FIRST_AVOID_MS), MAX_AVOID_MS)
-            self.avoid_until_ms = now_ms + self._avoid_ms
-        return self.avoid_until_ms - now_ms
+        if now_ms < self.avoid_until_ms:
+            return 0
+        self._avoid_ms = min(max(2 * self._avoid_ms, FIRST_AVOID_MS), MAX_AVOID_MS)
+        self.avoid_until_ms = now_ms + self._avoid_ms
+        return self._avoid_ms
 
     def succeed(self) -> None:
         """A read of it has been proven."""

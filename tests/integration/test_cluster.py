@@ -457,8 +457,8 @@ def test_a_slab_that_does_not_fit_is_told_to_whoever_starts_and_nothing_is_left(
     ray_cluster: RayCluster,
 ) -> None:
     with pytest.raises(kvray.ConfigError) as caught:
-        kvray.start(cluster_name="huge", slab_bytes="60 TiB", deadline_s=START_LIMIT_S)
-    assert str(60 << 40) in str(caught.value)
+        kvray.start(cluster_name="huge", slab_bytes="1 TiB", deadline_s=START_LIMIT_S)
+    assert str(1 << 40) in str(caught.value)
     assert "/dev/shm has" in str(caught.value)
     assert actor_names("kvray:huge:") == []
     assert not list(Path("/dev/shm").glob("kvray-huge-*"))
@@ -472,7 +472,7 @@ def test_a_node_store_that_can_not_start_tells_why_and_does_not_die_of_it(
     store: Any = (
         ray.remote(NodeStore)
         .options(**(dict(ACTOR_OPTIONS) | {"lifetime": None, "name": "alone"}))
-        .remote(kvray.Config(cluster_name="alone", slab_bytes=60 << 40).to_dict(), node_id)
+        .remote(kvray.Config(cluster_name="alone", slab_bytes=1 << 40).to_dict(), node_id)
     )
     try:
         wait_until(
@@ -491,8 +491,7 @@ def test_waiting_for_more_nodes_than_there_are_ends_at_the_deadline(running: kvr
     lines: list[str] = []
     with pytest.raises(kvray.NodeLostError, match="2 of 9 nodes"):
         running.wait_ready(9, deadline_s=0.5, progress=lines.append)
-    assert len(lines) == 2
-    assert all("ready" in line for line in lines)
+    assert sum(line.endswith(": ready") for line in lines) == 2
 
 
 def test_python_without_asserts_is_refused() -> None:
@@ -545,8 +544,9 @@ ray.shutdown()
 
 
 def run_python(code: str, *options: str) -> "subprocess.CompletedProcess[str]":
-    """In a process that knows of no Ray cluster."""
+    """In a process that knows of no Ray cluster: "local" keeps it from those on this host."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment["RAY_ADDRESS"] = "local"
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     return subprocess.run(
         [sys.executable, *options, "-c", code],

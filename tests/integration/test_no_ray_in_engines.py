@@ -1,16 +1,18 @@
 """kvray inside an engine's processes brings neither Ray nor NIXL, and no step waits for Ray.
 
-Method: the shared objects mapped into EngineCore and worker of a real engine with kvray attached;
-and, in an engine that shares a process with Ray, every call into Ray counted while it generates.
+Method: the shared objects mapped into EngineCore and worker of a real engine, with kvray and
+without; the imports that kvray's modules ask for; and, in an engine that shares a process with Ray, every call into Ray counted while it generates.
 """
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from tests import in_engine
 from tests.conftest import EngineFactory
-from tests.engines import Mode
+from tests.engines import Engine, Mode
 from tests.models import tiny
 from tests.ray_nodes import Nodes, running_nodes
 from tests.prompts import full_chunks, prompt_of
@@ -26,23 +28,58 @@ def nodes() -> Iterator[Nodes]:
         yield running
 
 
-def test_engine_core_and_worker_load_neither_ray_nor_nixl(
+def foreign_objects(engine: Engine) -> list[str]:
+    """Ray's and NIXL's shared objects in EngineCore and worker, one entry for each process."""
+    client = engine.call(in_engine.own_pid)
+    maps = [in_engine.mapped_objects(pid) for pid in engine.processes() if pid != client]
+    inside = [objects for objects in maps if any("libtorch" in path for path in objects)]
+    assert len(inside) >= 2  # EngineCore and its worker
+    return sorted(
+        path for objects in inside for path in objects if any(part in path for part in FOREIGN)
+    )
+
+
+def test_kvray_brings_neither_ray_nor_nixl_into_engine_core_and_worker(
     nodes: Nodes, engine_factory: EngineFactory
 ) -> None:
-    engine = engine_factory(tiny(), mode=Mode.MULTIPROCESS, kv_transfer_config=nodes.transfer(0))
+    """vLLM itself imports Ray where it is installed, so the control is an engine without kvray."""
+    plain = engine_factory(tiny(), mode=Mode.MULTIPROCESS)
+    engine = engine_factory(
+        tiny(), mode=Mode.MULTIPROCESS, kv_transfer_config=nodes.transfer(0)
+    )
     prompt = prompt_of(700, seed=1)
     engine.generate(prompt)
     engine.call(in_engine.settle)
     assert engine.reset_prefix_cache()
     assert engine.generate(prompt).cached_tokens == full_chunks(700)
+    plain.generate(prompt)
 
-    client = engine.call(in_engine.own_pid)
-    inside = [pid for pid in engine.processes() if pid != client]
-    with_torch = [p for p in inside if any("libtorch" in m for m in in_engine.imported_modules(p))]
-    assert len(with_torch) >= 2  # EngineCore and its worker
-    for pid in with_torch:
-        loaded = in_engine.imported_modules(pid)
-        assert [m for m in loaded if any(part in m for part in FOREIGN)] == []
+    assert foreign_objects(engine) == foreign_objects(plain)
+
+
+def test_what_engines_load_of_kvray_imports_neither_ray_nor_nixl() -> None:
+    """The same by name, and free of what vLLM does: every import that a module of kvray asks for
+    while the connector is loaded is seen by a hook."""
+    found = subprocess.run(
+        [sys.executable, "-c", IMPORT_SCRIPT], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.splitlines()[-1] == "[]"
+
+
+IMPORT_SCRIPT = """
+import builtins, sys
+import vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector
+asked = []
+original = builtins.__import__
+def seen(name, globals=None, *rest):
+    if (globals or {}).get("__name__", "").startswith("kvray"):
+        asked.append(name.split(".")[0])
+    return original(name, globals, *rest)
+builtins.__import__ = seen
+import kvray.engine.connector, kvray.engine.attach, kvray.engine.inject
+assert "kvray" in asked and "numpy" in asked, asked
+print([name for name in asked if name in ("ray", "nixl")])
+"""
 
 
 def test_no_step_calls_ray(nodes: Nodes, engine_factory: EngineFactory) -> None:

@@ -144,10 +144,10 @@ def test_many_requests_at_once_for_one_document_fetch_it_once(
     document = prompt_of(TOKENS, seed=9)
     a.generate(document)
     stored(a, nodes, 0)
-    before = nodes.status(1)["lookups"]["hits_fetched"]
+    before = nodes.status(1)["fetch"]["fetched_blocks"]
 
     answers = b.generate_many([document + prompt_of(10, seed=20 + i) for i in range(4)])
 
     assert {answer.cached_tokens for answer in answers} == {full_chunks(TOKENS)}
-    fetched = nodes.status(1)["lookups"]["hits_fetched"] - before
+    fetched = nodes.status(1)["fetch"]["fetched_blocks"] - before
     assert fetched == full_chunks(TOKENS) // CHUNK_TOKENS

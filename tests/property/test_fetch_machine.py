@@ -147,9 +147,9 @@ class FetchMachine(RuleBasedStateMachine):
         infos = {n: node_info(n, self.epochs[n]) for n in self.world.peers}
         if does == "restart":
             self.epochs[name] += 1
-        infos[name] = node_info(name, self.epochs[name])
+        infos[NodeId(name)] = node_info(name, self.epochs[name])
         if does == "leave":
-            del infos[name]
+            del infos[NodeId(name)]
         self.world.roster(*infos.values())
 
     @rule(after_ms=st.sampled_from([0, 1, 10, 20, 40, 300, 1_000, 9_000]))

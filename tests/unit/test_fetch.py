@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kvray.core.commands import MissReason, ReadKind
+from kvray.core.commands import AskDirectory, Missed, MissReason, ReadKind
 from kvray.core.fetch import FetchLimits, Source
 from kvray.core.ids import Epoch, Generation, NodeId, SlotIndex, SlotState
 from tests.fetching import BLOCK_BYTES, FetchWorld, Target, key, node_info, waiter
@@ -278,6 +278,22 @@ def test_one_silent_peer_does_not_take_the_place_of_others() -> None:
     assert world.arrived == [(ME, A)]
 
 
+def test_a_peer_that_owes_the_end_of_a_read_is_asked_for_fewer_at_a_time() -> None:
+    limits = FetchLimits(batch_blocks=1, max_reads_per_peer=2)
+    world = FetchWorld.with_peers("peer", limits=limits)
+    world.want(ME, [A])
+    world.locate([world.fill("peer", 1, A)])
+    world.tick(limits.payload_deadline_ms)
+    world.tick(500)
+
+    world.want(YOU, [B, C])
+    world.locate([world.fill("peer", 2, B)], [world.fill("peer", 3, C)])
+    assert len(world.reads) == 2, "the abandoned one, and one more"
+    world.end_read(min(world.reads))
+
+    assert len(world.reads) == 2
+
+
 def test_at_the_cap_of_unended_reads_nothing_more_is_fetched() -> None:
     limits = FetchLimits(batch_blocks=1, max_reads_per_peer=1, max_unended_reads=2)
     world = FetchWorld.with_peers("a", "b", "c", limits=limits)
@@ -291,7 +307,6 @@ def test_at_the_cap_of_unended_reads_nothing_more_is_fetched() -> None:
 
     world.end_read()
 
-    assert not world.core.is_clogged
     world.want(YOU, [C])
     world.locate([world.fill("c", 1, C)])
     assert len(world.posted(ReadKind.PAYLOAD)) == 2
@@ -375,13 +390,77 @@ def test_misses_are_named_before_anything_is_reserved_for_what_they_make_worthle
     commands = core.want(ME, [(A, BLOCK_BYTES), (B, BLOCK_BYTES)], deadline_ms=1_000)
     commands += core.advance(0)
     found = [[], [world.fill("peer", 1, B)]]
-    told = core.on_located(commands[0].locate_id, found)  # type: ignore[union-attr]
+    assert isinstance(commands[0], AskDirectory)
+    told = core.on_located(commands[0].locate_id, found)
     assert [type(command).__name__ for command in told] == ["Missed"]
 
     core.forget(ME, [B])  # what a prefix run does
 
     assert core.advance(0) == []
     core.check()
+
+
+def test_nothing_is_reserved_while_a_plan_names_misses() -> None:
+    world = FetchWorld.with_peers("bad", "good")
+    core = world.core
+    world.want(YOU, [C])
+    world.locate([world.fill("bad", 3, C)])
+    world.end_read(ok=False)  # avoided from now on
+    (ask,) = core.want(ME, [(A, BLOCK_BYTES), (B, BLOCK_BYTES)], deadline_ms=1_000) + core.advance(
+        0
+    )
+    assert isinstance(ask, AskDirectory)
+    found = [[world.fill("bad", 1, A)], [world.fill("good", 1, B)]]
+    assert core.on_located(ask.locate_id, found) == []
+
+    assert core.advance(0) == [Missed(ME, (A,), MissReason.PEER_FAILED)]
+    core.forget(ME, [B])
+
+    assert core.advance(0) == []
+
+
+def a_block_in_the_queue_of_the_first_peer() -> FetchWorld:
+    """A is being read from `first`, and so will B be, though `second` has it too: it is busy."""
+    world = FetchWorld.with_peers(
+        "first", "second", limits=FetchLimits(batch_blocks=1, max_reads_per_peer=1)
+    )
+    world.want(YOU, [C, key(4)])
+    world.locate([world.fill("second", 3, C)], [world.fill("second", 4, key(4))])
+    world.want(ME, [A, B])
+    b_hints = [world.fill("first", 2, B), world.fill("second", 2, B)]
+    world.locate([world.fill("first", 1, A)], b_hints)
+    assert [post.node_id for post in world.posted(ReadKind.PAYLOAD)] == ["second", "first"]
+    return world
+
+
+def test_what_waits_for_its_turn_at_a_peer_that_fails_is_read_elsewhere() -> None:
+    world = a_block_in_the_queue_of_the_first_peer()
+    world.end_read(max(world.reads), ok=False)
+    while world.reads:
+        assert {post.node_id for post in world.posted(ReadKind.PAYLOAD)} <= {"second"}
+        world.end_read()
+
+    assert world.arrived[-1] == (ME, B)
+
+
+def test_what_waits_for_its_turn_at_a_peer_that_leaves_is_read_elsewhere() -> None:
+    world = a_block_in_the_queue_of_the_first_peer()
+    world.roster(node_info("second"))
+    while live := [read_id for read_id, read in world.reads.items() if not read.is_abandoned]:
+        world.end_read(min(live))
+
+    assert world.arrived[-1] == (ME, B)
+
+
+def test_a_second_source_is_not_believed_any_more_once_its_node_has_another_epoch() -> None:
+    world = FetchWorld.with_peers("bad", "restarted")
+    world.want(ME, [A])
+    world.locate([world.fill("bad", 1, A), world.fill("restarted", 1, A)])
+    world.roster(node_info("bad"), node_info("restarted", epoch=2))
+    world.end_read(ok=False)
+
+    assert world.missed == [(ME, A, MissReason.PEER_FAILED)]
+    assert not world.reads
 
 
 def test_a_peer_that_leaves_the_roster_is_given_up_at_once() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from kvray.core.codec import unpack_slots
-from kvray.core.ids import KEY_BYTES, BlockKey, Namespace, OpId, Role, SlabId
+from kvray.core.ids import KEY_BYTES, BlockKey, Epoch, Namespace, NodeId, OpId, Role, SlabId
 from kvray.core.messages import (
     MAX_KEYS_PER_MESSAGE,
     MAX_WRITING_LISTED,
@@ -27,6 +27,7 @@ from kvray.core.messages import (
     Commit,
     Grant,
     Hello,
+    HelloReply,
     KeyState,
     Lookup,
     LookupReply,
@@ -37,6 +38,7 @@ from kvray.core.messages import (
     ReserveReply,
     Unpin,
 )
+from kvray.node import connector
 from kvray.node.client import ClientState, NodeClient, Reservation, Ticket, WorkerClient
 from tests.scripted_node import (
     GEOMETRY,
@@ -53,6 +55,7 @@ NONCE = 4711
 NAMESPACE = Namespace(b"n" * 16)
 HIT, MISS, WAIT = KeyState.HIT, KeyState.MISS, KeyState.WAIT
 AMPLE_S = 5.0  # a budget that only a bug spends
+REPLY = (NodeId("n"), Epoch(1), SlabId(b"S" * 16), GEOMETRY.slab_bytes, GEOMETRY.extent_bytes)
 SHORT_S = 0.01  # one that a silent node spends
 
 
@@ -210,16 +213,25 @@ def test_a_node_that_refuses_is_named_with_its_reason(
     assert [record.getMessage() for record in caplog.records] == [
         "running uncached: the NodeStore refused us: not in this namespace"
     ]
+    threading.Event().wait(0.2)
+    assert len(node.all(Hello)) == 1, "it asked again, though only people can change the answer"
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda hello: Ack(hello.op),
+        lambda hello: HelloReply(OpId(hello.op + 1), *REPLY),
+    ],
+)
 def test_a_hello_answered_with_nonsense_is_no_session_and_leaves_no_descriptor(
-    node: ScriptedNode, make_engine: EngineFactory
+    node: ScriptedNode, make_engine: EngineFactory, answer: Callable[[Hello], Any]
 ) -> None:
     before = open_fds()
-    node.script[Hello] = lambda hello: Ack(hello.op)
+    node.script[Hello] = answer
     engine = make_engine()
     engine.client.start()
-    until(lambda: "Ack is no answer to Hello" in engine.client.reason)
+    until(lambda: "is no answer to Hello" in engine.client.reason)
     assert engine.client.session is None
     engine.client.close()
     node.wait_closed()
@@ -327,6 +339,36 @@ def test_a_chain_longer_than_a_message_is_asked_page_by_page(
     assert ticket.place(count - 1) == place_of(99)
     engine.client.unpin(ticket)
     assert [node.wait(Unpin).lookup_op for _ in pages] == [page.op for page in pages]
+
+
+def test_a_run_that_is_no_prefix_is_asked_on_behind_a_miss(
+    node: ScriptedNode, engine: Engine
+) -> None:
+    count = MAX_KEYS_PER_MESSAGE + 3
+    node.script[Lookup] = lambda lookup: LookupReply(
+        lookup.op, bytes([MISS]) * (len(lookup.keys) // KEY_BYTES), b""
+    )
+    engine.client.begin_step()
+    engine.client.lookup(
+        [key_of(i) for i in range(count)],
+        run_lengths=[count],
+        run_is_prefix=[False],
+        run_slot_bytes=[PAGE],
+        deadline_ms=1_000,
+    )
+    assert [page.run_lengths for page in node.all(Lookup)] == [[MAX_KEYS_PER_MESSAGE], [3]]
+
+
+def test_pages_that_a_silent_node_was_not_asked_about_are_misses(
+    node: ScriptedNode, make_engine: EngineFactory
+) -> None:
+    engine = make_engine(budget_s=SHORT_S).start()
+    node.script[Lookup] = lambda lookup: None
+    ticket = engine.asked(*range(MAX_KEYS_PER_MESSAGE + 3))
+    assert ticket.states.count(WAIT) == MAX_KEYS_PER_MESSAGE
+    assert bytes(ticket.states[-3:]) == bytes([MISS] * 3)
+    node.say(all_waits(node.wait(Lookup)))
+    until(lambda: ticket.answered)
 
 
 def test_a_prefix_that_breaks_in_one_page_is_not_asked_on_in_the_next(
@@ -489,7 +531,17 @@ def test_questions_use_the_budget_up(node: ScriptedNode, make_engine: EngineFact
     begun = time.perf_counter()
     while engine.lookup_more(1) is not None:
         assert time.perf_counter() - begun < PATIENCE_S
-    assert engine.client.counters["lookups"] > 1
+    counters = engine.client.counters
+    assert counters["budget_spent"] + counters["overdue_answers"] == 1
+
+
+def test_a_question_takes_its_time_off_the_budget(node: ScriptedNode, engine: Engine) -> None:
+    engine.client.begin_step()
+    lefts = []
+    for number in range(3):
+        assert engine.lookup_more(number) is not None
+        lefts.append(engine.client._left_s)  # noqa: SLF001
+    assert AMPLE_S > lefts[0] > lefts[1] > lefts[2] > 0
 
 
 # -- reserve, commit, abandon --------------------------------------------------------------------
@@ -640,6 +692,9 @@ def test_after_a_restart_the_engine_lists_what_it_may_still_write_into(
 def test_slots_of_another_slab_are_not_listed(path: Path, make_engine: EngineFactory) -> None:
     engine = make_engine()
     with ScriptedNode(path, slab_id=b"A" * 16) as node:
+        node.script[Reserve] = lambda reserve: ReserveReply(
+            reserve.op, bytes(1), rows_of(place_of(77, 77))
+        )
         engine.start()
         engine.granted(1)
     with ScriptedNode(path, slab_id=b"B" * 16) as node:
@@ -818,6 +873,13 @@ def test_a_close_does_not_wait_longer_than_it_was_given(node: ScriptedNode, engi
     node.wait_closed()
 
 
+def test_a_node_that_ends_at_bye_is_not_waited_for(node: ScriptedNode, engine: Engine) -> None:
+    node.script[Bye] = lambda bye: node.server.drop(node.sessions[-1], "so be it")
+    begun = time.perf_counter()
+    engine.client.close(2 * PATIENCE_S)
+    assert time.perf_counter() - begun < PATIENCE_S
+
+
 def test_a_client_that_was_never_started_or_connected_closes_at_once(
     make_engine: EngineFactory,
 ) -> None:
@@ -840,27 +902,55 @@ def test_a_close_during_a_hello_that_is_not_answered_does_not_wait_for_it(
     assert "kvray-client" not in {thread.name for thread in threading.enumerate()}
 
 
+def activity(*names: str) -> list[str]:
+    """What changes whenever a thread of this name runs: its switches and its CPU time."""
+    threads = [thread for thread in threading.enumerate() if thread.name in names]
+    assert len(threads) == len(names)
+    found: list[str] = []
+    for thread in threads:
+        folder = Path(f"/proc/self/task/{thread.native_id}")
+        status = (folder / "status").read_text().splitlines()
+        found += [line for line in status if "ctxt_switches" in line]
+        found += (folder / "stat").read_text().rpartition(")")[2].split()[11:13]
+    return found
+
+
+def asleep(*names: str) -> bool:
+    before = activity(*names)
+    threading.Event().wait(0.2)
+    return activity(*names) == before
+
+
 def test_a_connected_client_sleeps(node: ScriptedNode, engine: Engine) -> None:
     """Its threads are not scheduled once while nothing happens (rule 6)."""
     engine.asked(1)
     assert engine.client.drain(PATIENCE_S)
-    threads = [t for t in threading.enumerate() if t.name in {"kvray-client", "kvray-outbox"}]
-    assert len(threads) == 2
+    until(lambda: asleep("kvray-client", "kvray-outbox"))
 
-    def switches() -> list[str]:
-        return [
-            line
-            for thread in threads
-            for line in Path(f"/proc/self/task/{thread.native_id}/status").read_text().splitlines()
-            if "ctxt_switches" in line
-        ]
 
-    def asleep() -> bool:
-        before = switches()
-        threading.Event().wait(0.3)
-        return switches() == before
+def test_an_answer_wakes_nobody_but_the_thread_that_waits_for_it(
+    node: ScriptedNode, engine: Engine
+) -> None:
+    """Every answer that also woke the connector's thread would cost a fight for the GIL."""
+    until(lambda: asleep("kvray-client"))
+    before = activity("kvray-client")
+    for number in range(50):
+        engine.asked(number)
+    assert activity("kvray-client") == before
 
-    until(asleep)
+
+def test_a_client_that_is_woken_while_it_waits_for_a_hello_goes_on_sleeping(
+    node: ScriptedNode, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connector, "HELLO_DEADLINE_S", 60.0)
+    node.script[Hello] = lambda hello: None
+    worker = WorkerClient(find_socket=lambda: str(path), engine_nonce=NONCE, label="rank 0")
+    worker.start()
+    node.wait(Hello)
+    assert worker.session_for(node.slab_id) is None  # wakes it
+    until(lambda: asleep("kvray-worker"))
+    assert len(node.all(Hello)) == 1, "it sleeps for the same answer"
+    worker.close()
 
 
 # -- all at once ---------------------------------------------------------------------------------
