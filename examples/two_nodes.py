@@ -11,6 +11,7 @@ Everything is real and on this machine: a Ray cluster of two nodes, vLLM on the 
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
@@ -27,7 +28,7 @@ from rich.table import Table
 import kvray
 
 sys.path.insert(0, str(Path(__file__).parent))
-from smollm2 import smollm2_folder  # noqa: E402 (beside this file, wherever it is run from)
+from smollm2 import smollm2_folder
 
 DOCUMENT = Path(__file__).parent / "data" / "constitution.txt"
 QUESTION = "How long does a Senator serve, and how many Senators does each State have?"
@@ -87,7 +88,8 @@ class Engine:
         )
 
     def counters(self) -> dict[str, int]:
-        return self._attachment.stats().counters
+        counters: dict[str, int] = self._attachment.stats().counters
+        return counters
 
 
 def start_engines(model: Path, node_ids: list[str]) -> list[Any]:
@@ -168,8 +170,8 @@ def show(result: dict[str, Any]) -> None:
         table.add_row(name, f"{result[key]:,.0f} ms", f"{factor:,.0f} x")
     console.print(table)
     console.print(
-        f"{result['peer_hit_tokens']:,} tokens ({result['peer_bytes'] / 1e6:,.0f} MB) came from the "
-        f"peer at {result['fetch_gb_per_s']} GB/s; the same answer: {result['same_answer']}"
+        f"{result['peer_hit_tokens']:,} tokens ({result['peer_bytes'] / 1e6:,.0f} MB) came from "
+        f"the peer at {result['fetch_gb_per_s']} GB/s; the same answer: {result['same_answer']}"
     )
 
 
@@ -182,7 +184,7 @@ def main() -> int:
         nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
         nodes.add_node(num_cpus=2)
         nodes.wait_for_nodes()
-        ray.init(address=nodes.address, log_to_driver=False, logging_level="warning")
+        ray.init(address=nodes.address, log_to_driver=False, logging_level=logging.WARNING)
         cluster = kvray.start(kvray.Config(slab_bytes=SLAB_BYTES))
         cluster.wait_ready(2, deadline_s=READY_DEADLINE_S)
     try:

@@ -26,7 +26,8 @@ DRAIN_POLL_MS = 20  # a step of an idle engine takes 1 to 2 ms
 @dataclass(frozen=True, slots=True)
 class AttachmentStats:
     """Counters of one engine since its attach. Tokens are counted once a request; bytes are the
-    KV bytes of all ranks."""
+    KV bytes of all ranks.
+    """
 
     engine_pid: int
     namespace: str
@@ -59,7 +60,8 @@ class Attachment:
 
     def name_weights(self, version: str) -> None:
         """After the weights of this engine were changed: say what they are now. Engines that were
-        told the same version share blocks again; without it a changed engine shares nothing."""
+        told the same version share blocks again; without it a changed engine shares nothing.
+        """
         self._require_attached()
         self._call("kvray_name_weights", version)
 

@@ -24,7 +24,7 @@ class ConfigError(KVRayError):
 
 
 class NotAttachedError(KVRayError):
-    """An engine can not be attached (busy, unknown version, unsupported mode), or is not attached."""
+    """An engine can not be attached (busy, unknown version or mode), or is not attached."""
 
 
 class SlabError(KVRayError):

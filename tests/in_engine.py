@@ -6,7 +6,6 @@ can be planted at the seams: an Executor that fails, a header that changes.
 
 import ctypes
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from kvray.core.layout import HEADER_BYTES, SLOT_HEADER_DTYPE
-from kvray.engine.copier import CopyEnd, Executor, Pointers
+from kvray.engine.copier import CopyEnd, Executor
+from kvray.engine.raw_copy import Pointers
 
 MAX_SETTLE_ROUNDS = 2_000  # 2 ms each
 SETTLE_POLL_S = 0.002
@@ -68,6 +68,7 @@ def settle(llm: Any) -> dict[str, Any]:
     core = llm.llm_engine.engine_core
     if not hasattr(core, "call_utility"):
         core.engine_core.step()  # offers the last chunk of a request that has just ended
+    found = stats(llm)
     for _ in range(MAX_SETTLE_ROUNDS):
         found = stats(llm)
         if not found["pending"]:
@@ -334,7 +335,7 @@ def count_ray_calls(llm: Any, prompt: list[int]) -> dict[str, int]:
 
     originals = (ray.get, ray.put, ray.wait, ray.actor.ActorMethod._remote)
     ray.get, ray.put, ray.wait = map(counted, originals[:3])
-    ray.actor.ActorMethod._remote = counted(originals[3])
+    ray.actor.ActorMethod._remote = counted(originals[3])  # type: ignore[method-assign]
     try:
         llm.generate(
             [{"prompt_token_ids": prompt}],
@@ -343,5 +344,25 @@ def count_ray_calls(llm: Any, prompt: list[int]) -> dict[str, int]:
         )
         settle(llm)
     finally:
-        ray.get, ray.put, ray.wait, ray.actor.ActorMethod._remote = originals
+        ray.get, ray.put, ray.wait = originals[:3]
+        ray.actor.ActorMethod._remote = originals[3]  # type: ignore[method-assign]
     return calls
+
+
+_preempted: list[str] = []
+
+
+def count_preemptions(llm: Any) -> None:
+    """From now on every preemption is noted."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    original = scheduler._preempt_request
+
+    def noted(request: Any, *args: Any, **kwargs: Any) -> Any:
+        _preempted.append(request.request_id)
+        return original(request, *args, **kwargs)
+
+    scheduler._preempt_request = noted
+
+
+def preemptions(_llm: Any) -> int:
+    return len(_preempted)

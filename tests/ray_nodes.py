@@ -7,6 +7,7 @@ The engines are plain processes beside the raylets, as `vllm serve` is: each is 
 belongs to, since all nodes share one host here.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,7 +101,7 @@ def running_nodes(
         for _ in range(count - 1):
             ray_cluster.add_node(num_cpus=2)
         ray_cluster.wait_for_nodes()
-        ray.init(address=ray_cluster.address, log_to_driver=False, logging_level="warning")
+        ray.init(address=ray_cluster.address, log_to_driver=False, logging_level=logging.WARNING)
         cluster = kvray.start(kvray.Config(slab_bytes=slab_bytes, extent_bytes=extent_bytes))
         try:
             cluster.wait_ready(count, deadline_s=READY_LIMIT_S)

@@ -208,21 +208,19 @@ class Announcing:
         return self._announce(pack_entries(map(_entry, adds)), pack_keys(removes))
 
     def _next_part(self, entries: list[Place], now_ms: int) -> Announce:
-        """A part of the whole set. A block that has gone, or has come back elsewhere, since the
-        list was made is left out: its remove, or its new place, is a change that comes after the
-        last part, and must not be undone by the part.
+        """A part of the whole set, as it was when the resync began: what has changed since then is
+        told after the last part, and so counts more.
         """
         start = self._set_sent
         self._set_sent = stop = start + self._limits.max_entries
         self._part += 1
-        find = self._store.find
-        part = [_entry(place) for place in entries[start:stop] if find(place.key) is place]
         is_last = stop >= len(entries)
         if is_last:
             self._set = None
             self.counters["resyncs"] += 1
         self._next_ms = now_ms
-        return self._announce(pack_entries(part), b"", part=self._part, is_last=is_last)
+        adds = pack_entries(map(_entry, entries[start:stop]))
+        return self._announce(adds, b"", part=self._part, is_last=is_last)
 
     def _announce(
         self, adds: bytes, removes: bytes, *, part: int = 0, is_last: bool = False

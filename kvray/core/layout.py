@@ -49,7 +49,7 @@ CLIENT_DTYPE = np.dtype(
 )
 assert SLOT_HEADER_DTYPE.itemsize == HEADER_BYTES
 assert EXTENT_DTYPE.itemsize == HEADER_BYTES
-assert CLIENT_DTYPE.itemsize == 32
+assert CLIENT_DTYPE.itemsize * 2 == HEADER_BYTES
 
 
 def aligned(count_bytes: int, to_bytes: int = SLOT_ALIGN_BYTES) -> int:

@@ -12,8 +12,8 @@ from kvray.core.store import StoreCore
 _NO_WAIT = (MissReason.OVERLOADED, MissReason.LOCAL_ONLY)
 
 
-class Run(msgspec.Struct, gc=False):
-    """Keys [start, stop) of a lookup. stop shrinks to the first miss of a prefix run."""
+class Run(msgspec.Struct, frozen=True, gc=False):
+    """Keys [start, stop) of a lookup."""
 
     start: int
     stop: int
@@ -82,7 +82,6 @@ class Look:
             self._count(reason, 1)
             if run.is_prefix:
                 self._count(MissReason.BEHIND, run.stop - index - 1)
-                run.stop = index
                 return
 
     def wants_of(self, run: Run) -> list[int]:

@@ -53,8 +53,7 @@ class _Lookup(msgspec.Struct, eq=False):
         return (self.client_id, self.op)
 
     def run_of(self, index: int) -> Run:
-        """A run that was cut short is still the run of what comes behind."""
-        return next(run for run in reversed(self.runs) if run.start <= index)
+        return next(run for run in self.runs if index < run.stop)
 
 
 class Lookups:
@@ -204,11 +203,9 @@ class Lookups:
 
     def take_told(self) -> list[Send]:
         """The replies and updates that are due."""
-        sends: list[Send] = []
-        for waiter, lookup in self._untold.items():
-            if not lookup.is_answered and _HIT not in lookup.states and not lookup.waiting:
-                self._store.unpin(waiter)  # to an answer without hits nobody says Unpin
-            sends.append(Send(lookup.session_id, _message(lookup)))
+        if not self._untold:
+            return []
+        sends = [Send(lookup.session_id, _message(lookup)) for lookup in self._untold.values()]
         self._untold.clear()
         return sends
 
@@ -248,7 +245,6 @@ class Lookups:
         if not run.is_prefix:
             return
         behind = {k: i for k, i in lookup.waiting.items() if index < i < run.stop}
-        run.stop = index
         for i in behind.values():
             lookup.states[i] = _MISS
             self._note(lookup, i)

@@ -7,6 +7,7 @@ Scheduler.__init__ and the workers' start would have done with a configured conn
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 from kvray.engine import hooks, support, versions
@@ -102,7 +103,8 @@ def _attach(core: Any, kvray: dict[str, Any]) -> dict[str, Any]:
 
 def kvray_drain(self: Any) -> int:
     """From now on nothing is looked up or stored; returns how much is still under way. The
-    engine goes on stepping while that is more than zero."""
+    engine goes on stepping while that is more than zero.
+    """
     connector = _connector(self)
     connector.lookups.draining = True
     return int(connector.pending())
@@ -110,7 +112,8 @@ def kvray_drain(self: Any) -> int:
 
 def kvray_detach(self: Any) -> None:
     """Take the connector out. Called after kvray_drain returned 0, or its deadline passed; then
-    what is still under way is lost, which costs misses only."""
+    what is still under way is lost, which costs misses only.
+    """
     connector = _connector(self)
     scheduler = self.scheduler
     before, hasher_was = self._kvray_before
@@ -132,7 +135,8 @@ def kvray_stats(self: Any) -> dict[str, Any]:
 
 def kvray_name_weights(self: Any, version: str) -> None:
     """An operator's word that the weights of now are `version`: engines that were told the same
-    share blocks. Call it after the weights changed and before requests come."""
+    share blocks. Call it after the weights changed and before requests come.
+    """
     connector = _connector(self)
     connector.renew(f"named:{version}", tainted=not connector.device_cache_is_empty())
 
@@ -144,7 +148,7 @@ def _connector(core: Any) -> Any:
     return connector
 
 
-DOORS = {
+DOORS: dict[str, Callable[..., Any]] = {
     "kvray_attach": kvray_attach,
     "kvray_drain": kvray_drain,
     "kvray_detach": kvray_detach,

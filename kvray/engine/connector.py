@@ -45,7 +45,7 @@ CLOSE_DEADLINE_S = 1.0  # for the last commits and the bye; the NodeStore copes 
 Subject = SlotSpec | tuple[str, RequestView]  # a store's slots, or the request that loads
 
 
-class KVRayConnector(OffloadingConnector):  # type: ignore[misc]
+class KVRayConnector(OffloadingConnector):
     """Both halves, as vLLM wants it: role SCHEDULER in EngineCore, role WORKER in each worker."""
 
     is_kvray = True
@@ -253,7 +253,8 @@ class KVRayConnector(OffloadingConnector):  # type: ignore[misc]
     @guarded(nothing)
     def renew(self, nonce: str | None = None, *, tainted: bool) -> None:
         """Before the weights change, and when vLLM resets the cache. Blocks of this engine get
-        new names, what is under way is void, other engines keep theirs."""
+        new names, what is under way is void, other engines keep theirs.
+        """
         self._ledger.renew()
         self.lookups.renew(nonce, tainted=tainted)
 

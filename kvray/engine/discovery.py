@@ -10,7 +10,8 @@ logger = logging.getLogger("kvray.engine")
 
 def socket_finder(config: EngineConfig) -> Callable[[], str | None]:
     """A function that returns the socket's path, or None while there is none; several of which
-    the settings choose none are none, and that is said once."""
+    the settings choose none are none, and that is said once.
+    """
     told = False
 
     def find() -> str | None:

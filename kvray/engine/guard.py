@@ -8,7 +8,7 @@ one. The engine serves on, uncached.
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 logger = logging.getLogger("kvray.engine")
 
@@ -29,7 +29,8 @@ def guarded(
     harmless: Callable[..., R],
 ) -> Callable[[Callable[Concatenate[G, P], R]], Callable[Concatenate[G, P], R]]:
     """Wrap a method that vLLM calls. harmless: makes the answer of a kvray that is off; it is
-    called with the method's own arguments."""
+    called with the method's own arguments.
+    """
 
     def wrap(method: Callable[Concatenate[G, P], R]) -> Callable[Concatenate[G, P], R]:
         @functools.wraps(method)
@@ -38,7 +39,7 @@ def guarded(
                 return harmless(self, *args, **kwargs)
             try:
                 return method(self, *args, **kwargs)
-            except Exception as exc:  # noqa: BLE001 (the outermost seam: see above)
+            except Exception as exc:
                 self.faulted = f"{method.__qualname__}: {type(exc).__name__}: {exc}"
                 logger.exception(
                     "kvray: a bug in %s; this engine goes on without kvray. Please report it",
@@ -46,7 +47,7 @@ def guarded(
                 )
                 return harmless(self, *args, **kwargs)
 
-        return call
+        return cast("Callable[Concatenate[G, P], R]", call)
 
     return wrap
 

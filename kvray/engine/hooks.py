@@ -38,7 +38,8 @@ def install() -> None:
 
 def weight_changes(engine_core: Any) -> int:
     """How often this engine's weights may have changed since its start: what an attach that
-    comes later must know."""
+    comes later must know.
+    """
     return int(getattr(engine_core, "_kvray_weight_changes", 0))
 
 

@@ -78,7 +78,8 @@ class SlotSpec(LoadStoreSpec):
 @dataclass
 class KVRayConnectorMetadata(OffloadingConnectorMetadata):
     """void_before: loads with a smaller job id are reported as failed whenever they end, since
-    the weights have changed under them."""
+    the weights have changed under them.
+    """
 
     void_before: int = 0
 
@@ -86,7 +87,8 @@ class KVRayConnectorMetadata(OffloadingConnectorMetadata):
 @dataclass
 class KVRayWorkerMetadata(OffloadingWorkerMetadata):
     """failed_jobs: jobs among completed_jobs whose copy failed on at least one of the ranks that
-    this message speaks for."""
+    this message speaks for.
+    """
 
     failed_jobs: set[int] = field(default_factory=set)
 
@@ -107,7 +109,8 @@ class KVRayWorkerMetadata(OffloadingWorkerMetadata):
 class RankHandshake(KVConnectorHandshakeMetadata):
     """One rank's view, taken after its caches were registered. part_bytes: for each cache group
     the bytes of one chunk on this rank. host: machine and boot, equal for ranks that share a
-    /dev/shm."""
+    /dev/shm.
+    """
 
     rank: int
     part_bytes: tuple[int, ...]

@@ -66,7 +66,8 @@ class JobLedger(Generic[Subject]):
         self, completed: Mapping[int, int], failed: Iterable[int]
     ) -> list[Finished[Subject]]:
         """Take what some ranks reported: for each job how many of them ended it, and which jobs
-        failed on at least one. Unknown ids (of a connector before this one) are skipped."""
+        failed on at least one. Unknown ids (of a connector before this one) are skipped.
+        """
         for job_id in failed:
             if (job := self._open.get(job_id)) is not None:
                 job.failed = True
@@ -93,7 +94,8 @@ class JobLedger(Generic[Subject]):
 
     def subjects(self, kind: JobKind) -> list[Subject]:
         """Of the open jobs of one kind, in the order of their begin. May be called from another
-        thread: list() of a dict's values is one step under the GIL."""
+        thread: list() of a dict's values is one step under the GIL.
+        """
         return [job.subject for job in list(self._open.values()) if job.kind is kind]
 
     def check(self) -> None:

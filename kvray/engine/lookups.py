@@ -32,7 +32,7 @@ from vllm.v1.kv_offload.base import (
 )
 
 from kvray.config import EngineConfig
-from kvray.core.ids import BlockKey, Namespace
+from kvray.core.ids import BlockKey, Namespace, SlabId
 from kvray.core.keys import block_keys
 from kvray.core.messages import Grant, KeyState
 from kvray.engine import versions
@@ -117,7 +117,8 @@ class Lookups(OffloadingManager):
 
     def open(self, client: NodeClient, fields: Mapping[str, Any]) -> None:
         """The connector's part of the construction, since vLLM makes this object by itself.
-        fields: see namespace.gather_fields."""
+        fields: see namespace.gather_fields.
+        """
         self._client = client
         self._fields = dict(fields)
         self.namespace = Namespace(digest(self._fields))
@@ -136,7 +137,8 @@ class Lookups(OffloadingManager):
 
     def describe(self, req_id: str, *, salt: bytes, shareable: bool) -> None:
         """salt joins the adapter's content to each key. Not shareable: its hashes do not cover
-        all that made its KV, so it goes without kvray."""
+        all that made its KV, so it goes without kvray.
+        """
         view = self._requests.get(req_id)
         if view is not None:
             view.salt = salt
@@ -255,7 +257,8 @@ class Lookups(OffloadingManager):
         self, keys: Collection[OffloadKey], req_context: ReqContext
     ) -> PrepareStoreOutput | None:
         """Reserve slots for chunks that this step computes. What can not be had at once is
-        dropped and counted: a store never waits and is never asked for again."""
+        dropped and counted: a store never waits and is never asked for again.
+        """
         nothing_to_store = PrepareStoreOutput([], SlotSpec.void(), [])
         view = self._requests.get(req_context.req_id)
         slot_bytes = self.slot_bytes
@@ -295,16 +298,17 @@ class Lookups(OffloadingManager):
         if good:
             self.counters["stored_chunks"] += len(spec)
             self.counters["stored_bytes"] += int(spec.slot_bytes.sum())
-            self._client.commit(spec.slab_id, spec.places())
+            self._client.commit(SlabId(spec.slab_id), spec.places())
         else:
             self.counters["failed_stores"] += 1
-            self._client.abandon(spec.slab_id, spec.places())
+            self._client.abandon(SlabId(spec.slab_id), spec.places())
 
     # ---- the end of a step, of a request, of the weights
 
     def scheduled(self, req_ids: Iterable[str]) -> None:
         """These requests compute in this step, so what was pinned for a load that did not come
-        about is let go."""
+        about is let go.
+        """
         if self._with_ticket:
             for req_id in req_ids:
                 view = self._with_ticket.get(req_id)

@@ -48,7 +48,7 @@ def _samples(path: Path, size: int) -> Iterator[bytes]:
         if size <= WHOLE_FILE_BYTES:
             yield file.read(WHOLE_FILE_BYTES)
             return
-        if path.suffix == ".safetensors" and size >= 8:
+        if path.suffix == ".safetensors":
             header_bytes = int.from_bytes(file.read(8), "little")
             yield file.read(min(header_bytes, MAX_SAFETENSORS_HEADER_BYTES, size))
         step = (size - SAMPLE_BYTES) // (SAMPLE_COUNT - 1)
@@ -59,7 +59,8 @@ def _samples(path: Path, size: int) -> Iterator[bytes]:
 
 def _model_folder(model: str, revision: str | None) -> Path | None:
     """Where the weights lie on this machine; None for a hub name that is not in the local cache
-    (a remote loader)."""
+    (a remote loader).
+    """
     if Path(model).is_dir():
         return Path(model)
     if Path(model).is_file():
@@ -172,7 +173,8 @@ class AdapterDigests:
 
     def salt(self, name: str, path: str) -> bytes | None:
         """16 bytes for requests with this adapter; None if its files can not be read here, and
-        then the request goes without kvray."""
+        then the request goes without kvray.
+        """
         folder = Path(path)
         try:
             files = sorted(p for p in folder.iterdir() if p.is_file())[:MAX_FILES]

@@ -13,7 +13,8 @@ logger = logging.getLogger("kvray.engine")
 
 def register() -> None:
     """Called by vLLM. Never raises: a vLLM that kvray does not know must start as if kvray were
-    not installed; attach() says then what is wrong."""
+    not installed; attach() says then what is wrong.
+    """
     if importlib.util.find_spec("vllm.v1.engine.core") is None:
         return
     try:

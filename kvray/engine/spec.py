@@ -14,13 +14,13 @@ from kvray.engine.lookups import Lookups
 from kvray.engine.transfers import Transfers, group_pages
 from kvray.node.client import Session, WorkerClient
 
-
 FIRST_SESSION_S = 2.0  # a hello takes ms, filling the page tables of 1 GiB about 0.1 s
 
 
 def fill_page_tables(session: Session) -> None:
     """Else the first copies take a page fault per 4 KiB: 30 ms for 100 MB. Runs on the client's
-    own thread, before the session is used."""
+    own thread, before the session is used.
+    """
     if session.slab is not None:
         session.slab.populate()
 
@@ -30,7 +30,7 @@ def engine_nonce(engine_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(engine_id.encode(), digest_size=8).digest(), "little")
 
 
-class KVRaySpec(OffloadingSpec):  # type: ignore[misc]
+class KVRaySpec(OffloadingSpec):
     """See vLLM's OffloadingSpec."""
 
     def get_manager(self) -> OffloadingManager:

@@ -22,9 +22,11 @@ def require_supported(vllm_config: Any, kv_cache_config: Any) -> None:
         found.append(
             f"pipeline parallel (pipeline_parallel_size={parallel.pipeline_parallel_size})"
         )
-    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-        if getattr(parallel, name, 1) > 1:
-            found.append(f"context parallel ({name}={getattr(parallel, name)})")
+    found += [
+        f"context parallel ({name}={getattr(parallel, name)})"
+        for name in ("decode_context_parallel_size", "prefill_context_parallel_size")
+        if getattr(parallel, name, 1) > 1
+    ]
     if vllm_config.speculative_config is not None:
         found.append("speculative decoding")
     if "fp8" in str(cache.cache_dtype):
@@ -51,7 +53,8 @@ def engine_config(vllm_config: Any) -> EngineConfig:
 
 def prepare_settings(vllm_config: Any, kv_cache_config: Any) -> None:
     """Set what kvray needs where vLLM reads it later. Runs in EngineCore and in each worker, and
-    must come to the same in all of them."""
+    must come to the same in all of them.
+    """
     transfer = vllm_config.kv_transfer_config
     config = engine_config(vllm_config)
     transfer.kv_load_failure_policy = "recompute"
@@ -98,5 +101,6 @@ def mismatch(ranks: Sequence[RankHandshake], world_size: int) -> str | None:
 def is_shareable(request: Any) -> bool:
     """Whether vLLM's block hashes cover all that makes this request's KV. Images and the like
     are hashed by content only in some settings, or under ids that the caller chose; such requests
-    go without kvray, and so do prompts given as embeddings."""
+    go without kvray, and so do prompts given as embeddings.
+    """
     return not request.mm_features and getattr(request, "prompt_embeds", None) is None

@@ -35,7 +35,8 @@ IDLE_WAIT_S = 0.002  # a step without work takes about 1 ms; a copy of 100 MB ab
 
 def group_pages(kv_caches: CanonicalKVCaches, *, blocks_per_chunk: int) -> list[GroupPages]:
     """What the copier must know of vLLM's caches: per cache group, in the order of its layers,
-    where a block's page lies (address, stride and bytes)."""
+    where a block's page lies (address, stride and bytes).
+    """
     groups = []
     for refs in kv_caches.group_data_refs:
         pages = []
@@ -54,7 +55,7 @@ def group_pages(kv_caches: CanonicalKVCaches, *, blocks_per_chunk: int) -> list[
 
 def host_name() -> str:
     """Equal for two processes exactly if they share this boot of this machine."""
-    return f"{socket.gethostname()}/{boot_id()}"
+    return f"{socket.gethostname()}/{boot_id().hex()}"
 
 
 class Transfers(OffloadingWorker):
@@ -89,7 +90,8 @@ class Transfers(OffloadingWorker):
 
     def begin_step(self, *, void_before: int, computes: bool) -> None:
         """void_before: loads with smaller job ids have met new weights and end as failed.
-        computes: whether this step runs the model; if not, get_finished may wait a little."""
+        computes: whether this step runs the model; if not, get_finished may wait a little.
+        """
         self._void_before = max(self._void_before, void_before)
         self._computes = computes
 
@@ -162,11 +164,14 @@ class Transfers(OffloadingWorker):
             ok = False
         if not ok:
             self.failed_since_report.add(job_id)
-        return TransferResult(job_id, True, copied_bytes, seconds)
+        return TransferResult(
+            job_id, success=True, transfer_size=copied_bytes, transfer_time=seconds
+        )
 
     def wait(self, job_ids: set[int]) -> None:
         """Returns when none of these copies is under way. The one wait of the engine for kvray
-        (rule 5): vLLM overwrites the device blocks right after it."""
+        (rule 5): vLLM overwrites the device blocks right after it.
+        """
         self._executor.wait(job_ids)
 
     def take_failed_jobs(self) -> set[int]:

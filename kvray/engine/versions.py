@@ -32,8 +32,9 @@ def require_tested(version: str) -> None:
 
 def reports_failed_requests() -> bool:
     """0.32 takes failed loads by request, for any layout (KVConnectorTransferResults). 0.29 takes
-    them by block only, and raises for a model with more than one cache group."""
-    import vllm.distributed.kv_transfer.kv_connector.v1.base as base
+    them by block only, and raises for a model with more than one cache group.
+    """
+    from vllm.distributed.kv_transfer.kv_connector.v1 import base
 
     return hasattr(base, "KVConnectorTransferResults")
 
@@ -53,7 +54,8 @@ SCHEDULER_SETTINGS = ("recompute_kv_load_failures", "defer_block_free", "require
 
 def ensure_block_hasher(core: Any) -> None:
     """Give EngineCore the hasher that it makes at its start only if prefix caching is on or a
-    connector is configured."""
+    connector is configured.
+    """
     if core.request_block_hasher is not None:
         return
     from vllm.utils.hashing import get_hash_fn_by_name
@@ -109,7 +111,8 @@ def hash_seed() -> str:
 
 def lora_identity(request: Any) -> tuple[str, str] | None:
     """(name, path) of a request's LoRA adapter. vLLM's block hash knows the name (0.29) or name
-    and path (0.32), never the content."""
+    and path (0.32), never the content.
+    """
     lora = request.lora_request
     return None if lora is None else (lora.lora_name, lora.lora_path)
 

@@ -15,8 +15,10 @@ of the hardware; what is assumed of it is marked "RDMA:".
 - A handle is released when it has ended, never before: releasing cancels, and what is cancelled
   may write all the same. A peer is not removed while a read from it is in flight, because NIXL
   then answers NOT_FOUND for the handle, whatever the transfer does.
-- NIXL 1.3.2 removes a peer by itself when it has disconnected. It is added again at once, since
-  that makes its handles readable; 1.5.1 keeps it.
+- An error means that the endpoint has failed: UCX closes it by force and completes all that was in
+  flight on it, in its next progress calls. NIXL reports the first error it sees, not the last end
+  (and 1.3.2 forgets a peer that has disconnected: NOT_FOUND for its other handles). So a failed
+  read is in flight until SETTLE_POLLS and SETTLE_NS have passed.
 
 UCX chooses the transports, and needs no setting. `transports` narrows the choice (UCX's names, as
 "tcp" or "rc,cuda_copy"): it becomes the variable UCX_TLS of this process, set before the agent is
@@ -45,9 +47,10 @@ logger = logging.getLogger(__name__)
 HINT_AFTER_NS = 1_000_000  # a read over cma or (RDMA:) a NIC has mostly ended by then
 HINT_EVERY_NS = 25_000_000  # several in the time for which a target stays awake after one
 HINT = b"kvray is reading"
-# RDMA: when an endpoint fails, UCX moves its queue pairs to the error state in its next progress
-# calls, and a NIC may write until then. A failed read is reported so much later, 20 times what a
-# queue pair needs.
+# RDMA: a NIC may write until UCX has moved the queue pair to the error state and flushed it; that
+# takes some progress calls and much less than a millisecond. Over cma and TCP nothing writes but
+# our own progress calls.
+SETTLE_POLLS = 8
 SETTLE_NS = 20_000_000
 
 # NIXL's exceptions have no base of their own.
@@ -59,7 +62,6 @@ _ERRORS: tuple[type[Exception], ...] = (
     ),
     RuntimeError,  # from pybind11: a C++ exception that NIXL did not expect
 )
-_NOT_FOUND: type[Exception] = nixl._bindings.nixlNotFoundError  # noqa: SLF001
 
 # Agents that were closed with reads in flight, and what those hold. They end with the process.
 _unended: list[Any] = []
@@ -81,14 +83,16 @@ class _Peer:
 
 @dataclass(slots=True, eq=False)
 class _Read:
-    """Ended when handles is empty and settled_ns has passed. failure: why it is not DONE."""
+    """Ended when handles is empty and it has settled. failure: why it is not DONE."""
 
     read_id: ReadId
     peer: _Peer
     posted_ns: int
     handles: deque[Any] = field(default_factory=deque)
+    failed_handles: list[Any] = field(default_factory=list)  # kept until it has settled
     failure: str = ""
     settled_ns: int = 0
+    settle_polls: int = 0
     abandoned: bool = False
 
 
@@ -165,7 +169,7 @@ class NixlLink:
             self._post(read, local, remote, length_bytes)
             if read.failure:
                 break
-        if read.failure and not read.handles:
+        if read.failure and not read.handles and not read.failed_handles:
             raise LinkError(f"read from {peer_name}: {read.failure}")
         self._reads[read_id] = read
         peer.in_flight += 1
@@ -179,6 +183,8 @@ class NixlLink:
             self._advance(read)
             if read.handles:
                 self._hint(read, now_ns)
+            elif read.settle_polls:
+                read.settle_polls -= 1
             elif now_ns >= read.settled_ns:
                 ends.append(self._end(read))
         return ends
@@ -220,19 +226,16 @@ class NixlLink:
                 read.peer.name,
             )
         except _ERRORS as exc:  # a range that is not registered, or (1.3.2) a peer that is gone
-            self._fail(read, exc)
+            self._fail(read, exc, None)
             return
         try:
             state = agent.transfer(handle)
-        except _ERRORS as exc:  # with one segment: it has not been started
-            self._fail(read, exc)
-            self._release(handle)
-            read.peer.broken = True
-            return
-        if state == "DONE":
-            self._release(handle)
+        except _ERRORS as exc:
+            self._fail(read, exc, handle)
         else:
             read.handles.append(handle)
+            if state == "DONE":
+                self._release(read.handles.pop())
 
     def _advance(self, read: _Read) -> None:
         """Drop the handles that have ended. Looks no further than the first that has not: UCX
@@ -242,24 +245,31 @@ class NixlLink:
             handle = read.handles[0]
             try:
                 state = self._agent.check_xfer_state(handle)
-            except _NOT_FOUND:
-                self._take_back(read.peer)
-                return
             except _ERRORS as exc:
-                self._fail(read, exc)
-                read.peer.broken = True
-                state = "ERR"
+                self._fail(read, exc, read.handles.popleft())
+                continue
             if state == "PROC":
                 return
             read.handles.popleft()
-            self._release(handle)
+            if state == "DONE":
+                self._release(handle)
+            else:
+                self._fail(read, RuntimeError(state), handle)
 
-    def _fail(self, read: _Read, exc: Exception) -> None:
+    def _fail(self, read: _Read, exc: Exception, handle: Any) -> None:
+        """handle: one that UCX may have to do with; None if nothing has been given to it."""
         read.failure = read.failure or _text(exc)
+        if handle is None:
+            return
+        read.failed_handles.append(handle)
+        read.peer.broken = True
         read.settled_ns = time.monotonic_ns() + SETTLE_NS
+        read.settle_polls = SETTLE_POLLS
 
     def _end(self, read: _Read) -> ReadEnd:
         del self._reads[read.read_id]
+        for handle in read.failed_handles:
+            self._release(handle)
         peer = read.peer
         peer.in_flight -= 1
         if peer.leaving and not peer.in_flight:
@@ -313,13 +323,6 @@ class NixlLink:
         self._drop(peer.name)
         self._add(peer)
         peer.broken = False
-
-    def _take_back(self, peer: _Peer) -> None:
-        """1.3.2 has removed a peer while reads from it are in flight: without it in the agent
-        nobody can say when they end.
-        """
-        with suppress(*_ERRORS):  # then they stay in flight, and this is tried again
-            self._agent.add_remote_agent(peer.metadata)
 
     def check(self) -> None:
         """Assert that reads and peers agree, both ways."""

@@ -23,6 +23,7 @@ from ray.exceptions import RayError
 from kvray.actors import RAY_NAMESPACE, directory_name, node_store_name
 from kvray.core.codec import encode
 from kvray.core.messages import Announce, Locate, NodeHello
+from kvray.errors import KVRayError
 
 logger = logging.getLogger("kvray.node")
 
@@ -78,6 +79,7 @@ class Control(threading.Thread):
         self._queue: SimpleQueue[_Call | _Wake | None] = SimpleQueue()
         self._directory: Any = None  # a handle; None after a failure: look for it again
         self._peers: dict[str, Any] = {}
+        self._refusal = ""  # the last one, so that it is said once
         self._unended: set[int] = set()  # single operations on a set are atomic under the GIL
 
     def call(self, call_id: int, message: DirectoryCall) -> None:
@@ -139,7 +141,12 @@ class Control(threading.Thread):
     def _fail(self, call_id: int, error: BaseException) -> None:
         self._directory = None
         self._unended.discard(call_id)
-        self._deliver(DirectoryFailed(call_id, f"{type(error).__name__}: {error}"))
+        # Ray's error for something that was raised over there is of the same type, too.
+        reason = str(getattr(error, "cause", error))
+        if isinstance(error, KVRayError) and reason != self._refusal:
+            self._refusal = reason
+            logger.warning("the directory refuses this node: %s", reason)
+        self._deliver(DirectoryFailed(call_id, f"{type(error).__name__}: {reason}"))
 
     def _wake(self, wake: _Wake) -> None:
         try:

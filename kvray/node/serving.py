@@ -236,7 +236,7 @@ class Serving:
 
     def _on_read_ended(self, event: ReadEnded, now_ms: int) -> None:
         if event.ending is not Ending.DONE:
-            logger.info("a read ended as %s: %s", event.ending.value, event.reason)
+            logger.debug("a read ended as %s: %s", event.ending.value, event.reason)
         if event.kind is ReadKind.HEADERS and event.ending is Ending.DONE:
             self._do(self._core.on_headers(event.read_id, event.headers, now_ms))
         else:

@@ -5,7 +5,6 @@ users have, started without kvray and attached, or configured; what one stored t
 """
 
 import json
-import os
 import socket
 import sys
 import urllib.request
@@ -19,9 +18,9 @@ from tests import in_engine
 from tests.conftest import EngineFactory
 from tests.engines import EngineError, Mode, engine_environment
 from tests.models import tiny
-from tests.ray_nodes import Nodes, running_nodes, wait_until
 from tests.processes import ProcessGroup
 from tests.prompts import full_chunks, prompt_of
+from tests.ray_nodes import Nodes, running_nodes, wait_until
 
 pytestmark = [pytest.mark.heavy, pytest.mark.engine]
 
@@ -179,13 +178,13 @@ def free_port() -> int:
 def answers(port: int) -> bool:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
-            return bool(response.status == 200)  # noqa: PLR2004 (HTTP's)
+            return bool(response.status == 200)
     except OSError:
         return False
 
 
 def post(port: int, path: str, body: Any) -> bytes:
-    request = urllib.request.Request(  # noqa: S310 (a loopback address of this test)
+    request = urllib.request.Request(
         f"http://127.0.0.1:{port}{path}",
         data=json.dumps(body).encode() if body is not None else b"",
         headers={"Content-Type": "application/json"},
@@ -224,7 +223,7 @@ def test_an_engine_without_a_node_store_serves_and_joins_when_it_appears(
     engine.generate(prompt)
     assert engine.call(in_engine.settle)["counters"]["stored_chunks"] == 0
 
-    os.symlink(nodes.socket_path(0), link)
+    link.symlink_to(nodes.socket_path(0))
 
     wait_until(lambda: engine.call(in_engine.stats)["connected"], what="the engine's hello")
     engine.generate(prompt)

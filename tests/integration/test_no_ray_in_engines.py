@@ -1,7 +1,8 @@
 """kvray inside an engine's processes brings neither Ray nor NIXL, and no step waits for Ray.
 
 Method: the shared objects mapped into EngineCore and worker of a real engine, with kvray and
-without; the imports that kvray's modules ask for; and, in an engine that shares a process with Ray, every call into Ray counted while it generates.
+without; the imports that kvray's modules ask for; and, in an engine that shares a process with
+Ray, every call into Ray counted while it generates.
 """
 
 import subprocess
@@ -14,8 +15,8 @@ from tests import in_engine
 from tests.conftest import EngineFactory
 from tests.engines import Engine, Mode
 from tests.models import tiny
-from tests.ray_nodes import Nodes, running_nodes
 from tests.prompts import full_chunks, prompt_of
+from tests.ray_nodes import Nodes, running_nodes
 
 pytestmark = [pytest.mark.heavy, pytest.mark.engine]
 
@@ -44,9 +45,7 @@ def test_kvray_brings_neither_ray_nor_nixl_into_engine_core_and_worker(
 ) -> None:
     """vLLM itself imports Ray where it is installed, so the control is an engine without kvray."""
     plain = engine_factory(tiny(), mode=Mode.MULTIPROCESS)
-    engine = engine_factory(
-        tiny(), mode=Mode.MULTIPROCESS, kv_transfer_config=nodes.transfer(0)
-    )
+    engine = engine_factory(tiny(), mode=Mode.MULTIPROCESS, kv_transfer_config=nodes.transfer(0))
     prompt = prompt_of(700, seed=1)
     engine.generate(prompt)
     engine.call(in_engine.settle)

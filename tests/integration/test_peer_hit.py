@@ -8,12 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from kvray.core.ids import BlockKey
 from tests import in_engine
 from tests.conftest import EngineFactory
 from tests.engines import Engine
 from tests.models import tiny
-from tests.ray_nodes import Nodes, running_nodes
 from tests.prompts import CHUNK_TOKENS, full_chunks, prompt_of
+from tests.ray_nodes import Nodes, running_nodes
 
 pytestmark = [pytest.mark.heavy, pytest.mark.engine]
 
@@ -34,7 +35,7 @@ def engines(nodes: Nodes, shared_engine_factory: EngineFactory) -> tuple[Engine,
     return a.ready(), b.ready()
 
 
-def stored(engine: Engine, nodes: Nodes, index: int) -> set[bytes]:
+def stored(engine: Engine, nodes: Nodes, index: int) -> set[BlockKey]:
     """Settle an engine, and wait until the directory knows all that its node holds."""
     engine.call(in_engine.settle)
     keys = nodes.keys(index)

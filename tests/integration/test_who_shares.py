@@ -13,8 +13,8 @@ from tests import in_engine
 from tests.adapters import adapter
 from tests.conftest import EngineFactory
 from tests.models import tiny, tiny_gemma2
-from tests.ray_nodes import Nodes, running_nodes
 from tests.prompts import full_chunks, prompt_of
+from tests.ray_nodes import Nodes, running_nodes
 
 pytestmark = [pytest.mark.heavy, pytest.mark.engine]
 

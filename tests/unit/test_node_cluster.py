@@ -252,10 +252,21 @@ def test_an_eviction_is_announced() -> None:
 
     here.store(*(key(n) for n in range(100, 132)))
     cluster.pass_ms(5)
-    here.store(B)  # one of them has to go for it
+    here.reserve(B)  # one of them has to go for it
     cluster.pass_ms(5)
 
     assert sum(len(at) for at in announced(cluster, *(key(n) for n in range(100, 132)))) == 31
+
+
+def test_more_changes_than_one_announce_holds_are_announced_one_after_another() -> None:
+    cluster = Cluster.of("a", slot_count=16 * 160)
+    engine = Engine(cluster["a"])
+    for start in range(0, 2_500, 500):
+        engine.store(*(key(n) for n in range(start, start + 500)))
+    cluster.pass_ms(5)
+
+    assert cluster.directory is not None
+    assert cluster.directory.snapshot()["entries"] == 2_500
 
 
 def test_an_idle_node_only_sends_heartbeats() -> None:

@@ -230,6 +230,15 @@ def test_a_reservation_whose_answer_came_too_late_is_cancelled_as_a_whole() -> N
     assert list(engine.reserve(A, B)) == [Grant.PRESENT, Grant.GRANTED]
 
 
+def test_of_a_chain_that_was_stored_the_head_goes_last() -> None:
+    engine = Engine(alone())
+    chain = [key(n) for n in range(100, 132)]
+    engine.store(*chain)
+    engine.reserve(A)
+
+    assert engine.answer(engine.lookup(chain)) == "h" * 31 + "m"
+
+
 # -- sessions and processes -----------------------------------------------------------------------
 
 
@@ -472,6 +481,18 @@ def test_after_a_kill_the_slots_of_an_engine_that_died_too_wait_for_its_workers(
 
     assert slab.states() == {}
     assert slab.clients == {}
+
+
+def test_an_abandon_that_names_nothing_abandons_nothing() -> None:
+    cluster = Cluster.of("node")
+    engine = Engine(cluster["node"])
+    engine.reserve(A)
+    slab = cluster.kill("node")
+    node = cluster.start("node", slab)
+    engine.hello([engine.reserved[A]], node=node)
+    engine.say(Abandon(OpId(50), slab.slab_id, b""))
+
+    assert slab.states() == {SlotState.WRITING: 1}
 
 
 def test_a_hello_that_speaks_of_another_slab_neither_restores_nor_frees() -> None:
