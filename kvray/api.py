@@ -7,6 +7,7 @@ enable()           ──▶ engines made after it in this process are kvray's f
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from kvray.errors import ConfigError, NotAttachedError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+logger = logging.getLogger("kvray")
 
 DETACH_DEADLINE_MS = 5_000  # copies of a full step take milliseconds; a fetch at most a second
 DRAIN_POLL_MS = 20  # a step of an idle engine takes 1 to 2 ms
@@ -184,7 +187,7 @@ def _prepare(
     from kvray.config import EngineConfig
 
     EngineConfig.parse(settings)  # a wrong setting is told before anything is started
-    cluster = _cluster.start(config)
+    cluster = _cluster.start(config, progress=logger.info)  # clearing a large slab takes a while
     return cluster, {**cluster.engine_settings(), **settings}
 
 
