@@ -364,7 +364,7 @@ class FetchCore:
                 peer.node_id: {
                     "epoch": peer.epoch,
                     "outstanding_bytes": peer.outstanding_bytes,
-                    "abandoned_reads": peer.abandoned,
+                    "abandoned_reads": self._reads.owed_by(peer),
                     "avoid_until_ms": peer.avoid_until_ms,
                 }
                 for peer in self._peers.values()

@@ -43,7 +43,6 @@ class Peer:
         "_slot_count",
         "_slots_in_extent",
         "_slots_per_extent",
-        "abandoned",
         "avoid_until_ms",
         "info",
         "outstanding_bytes",
@@ -54,7 +53,6 @@ class Peer:
         self.info = info
         self.outstanding_bytes = 0  # planned, and not yet come
         self.under_way = 0  # reads: their slots are being reserved, or they are posted
-        self.abandoned = 0  # reads that nobody waits for and that have not ended
         self.avoid_until_ms = 0
         self._avoid_ms = 0
         # Geometry works out its numbers at each call; here they are needed for every block.

@@ -30,7 +30,7 @@ from kvray.core.commands import (
 )
 from kvray.core.deadlines import Deadlines
 from kvray.core.effects import Place
-from kvray.core.ids import KEY_BYTES, BlockKey, ReadId, SlotState
+from kvray.core.ids import KEY_BYTES, BlockKey, Epoch, NodeId, ReadId, SlotState
 from kvray.core.layout import HEADER_BYTES
 from kvray.core.messages import MAX_LOCATE_KEYS
 from kvray.core.peers import Peer, Source
@@ -120,6 +120,9 @@ class Reads:
         self._reservations: dict[int, _Reservation] = {}
         self._reads: dict[ReadId, Read] = {}
         self._abandoned: dict[ReadId, _Abandoned] = {}
+        # How many of these each epoch of a node owes us. Not in Peer: a peer that has left the
+        # roster may come back to it in the same epoch.
+        self._owed: dict[tuple[NodeId, Epoch], int] = {}
         self._deadlines: Deadlines[ReadId] = Deadlines()
         self._last_id = 0
         self._busy_since_ms = 0
@@ -135,12 +138,18 @@ class Reads:
         unended = len(self._reservations) + len(self._reads) + len(self._abandoned)
         return (
             unended < self._limits.max_unended_reads
-            and peer.under_way + peer.abandoned < self._limits.max_reads_per_peer
+            and peer.under_way + self.owed_by(peer) < self._limits.max_reads_per_peer
         )
 
     def may_ask(self, peer: Peer, now_ms: int) -> bool:
         """Whether there will be room for this peer when its reads under way have ended."""
-        return now_ms >= peer.avoid_until_ms and peer.abandoned < self._limits.max_reads_per_peer
+        return (
+            now_ms >= peer.avoid_until_ms and self.owed_by(peer) < self._limits.max_reads_per_peer
+        )
+
+    def owed_by(self, peer: Peer) -> int:
+        """Reads of this peer that were abandoned and have not ended."""
+        return self._owed.get((peer.node_id, peer.epoch), 0)
 
     # -- a read's life ---------------------------------------------------------------------------
 
@@ -200,7 +209,7 @@ class Reads:
         """Wait no more for this read. Only its end frees what it may still write into."""
         self.end(read.read_id, now_ms=now_ms)
         self.counters["abandoned"] += 1
-        read.peer.abandoned += 1
+        self._owed[read.peer.node_id, read.peer.epoch] = self.owed_by(read.peer) + 1
         yield AbandonRead(read.read_id)
         if read.kind is ReadKind.PAYLOAD:
             self._abandoned[read.read_id] = _Abandoned(read.peer, read.targets)
@@ -215,7 +224,10 @@ class Reads:
         abandoned = self._abandoned.pop(read_id, None)
         if abandoned is None:
             return None
-        abandoned.peer.abandoned -= 1
+        peer = abandoned.peer
+        self._owed[peer.node_id, peer.epoch] -= 1
+        if not self._owed[peer.node_id, peer.epoch]:
+            del self._owed[peer.node_id, peer.epoch]
         return [ReleaseTargets(abandoned.places)] if abandoned.places else []
 
     def take_late(self, now_ms: int) -> list[Read]:
@@ -272,13 +284,14 @@ class Reads:
         parts: list[Read | _Reservation] = [*self._reads.values(), *self._reservations.values()]
         for part in parts:
             under_way[part.peer] = under_way.get(part.peer, 0) + 1
-        abandoned: dict[Peer, int] = {}
+        for peer, count in under_way.items():
+            assert peer.under_way == count
+            assert count + self.owed_by(peer) <= self._limits.max_reads_per_peer
+        owed: dict[tuple[NodeId, Epoch], int] = {}
         for lost in self._abandoned.values():
-            abandoned[lost.peer] = abandoned.get(lost.peer, 0) + 1
-        for peer in under_way.keys() | abandoned.keys():
-            assert peer.under_way == under_way.get(peer, 0)
-            assert peer.abandoned == abandoned.get(peer, 0)
-            assert peer.under_way + peer.abandoned <= self._limits.max_reads_per_peer
+            name = (lost.peer.node_id, lost.peer.epoch)
+            owed[name] = owed.get(name, 0) + 1
+        assert owed == self._owed
         written = [place for read in self._reads.values() for place in read.targets]
         written += [place for lost in self._abandoned.values() for place in lost.places]
         slots = [place.slot for place in written]

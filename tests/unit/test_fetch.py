@@ -294,6 +294,24 @@ def test_a_peer_that_owes_the_end_of_a_read_is_asked_for_fewer_at_a_time() -> No
     assert len(world.reads) == 2
 
 
+def test_a_peer_that_leaves_and_comes_back_in_the_same_epoch_owes_what_it_owed() -> None:
+    limits = FetchLimits(batch_blocks=1, max_reads_per_peer=1)
+    world = FetchWorld.with_peers("peer", limits=limits)
+    world.want(ME, [A])
+    world.locate([world.fill("peer", 1, A)])
+    world.roster()
+    world.roster(node_info("peer"))
+    world.want(YOU, [B])
+    world.locate([world.fill("peer", 2, B)])
+    assert world.missed[-1] == (YOU, B, MissReason.PEER_FAILED)
+
+    world.end_read()
+    world.want(waiter(3), [B])
+    world.locate([world.fill("peer", 2, B)])
+
+    assert len(world.posted(ReadKind.PAYLOAD)) == 1
+
+
 def test_at_the_cap_of_unended_reads_nothing_more_is_fetched() -> None:
     limits = FetchLimits(batch_blocks=1, max_reads_per_peer=1, max_unended_reads=2)
     world = FetchWorld.with_peers("a", "b", "c", limits=limits)
