@@ -63,7 +63,8 @@ def stats(llm: Any) -> dict[str, Any]:
 
 
 def settle(llm: Any) -> dict[str, Any]:
-    """Returns the stats once nothing is under way any more: all stores are committed or given up.
+    """Returns the stats once nothing is under way any more: all stores are committed or given up,
+    and the NodeStore has said that it knows.
     An engine in this process steps only when it is told to."""
     core = llm.llm_engine.engine_core
     if not hasattr(core, "call_utility"):
@@ -71,13 +72,12 @@ def settle(llm: Any) -> dict[str, Any]:
     found = stats(llm)
     for _ in range(MAX_SETTLE_ROUNDS):
         found = stats(llm)
-        if not found["pending"]:
+        if not found["pending"] and not found["unacknowledged"]:
             return found
-        if hasattr(core, "call_utility"):
-            time.sleep(SETTLE_POLL_S)
-        else:
+        if not hasattr(core, "call_utility"):
             core.engine_core.step()
-    message = f"{found['pending']} copies are still under way"
+        time.sleep(SETTLE_POLL_S)
+    message = f"not settled: {found}"
     raise TimeoutError(message)
 
 

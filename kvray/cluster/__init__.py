@@ -55,6 +55,7 @@ logger = logging.getLogger("kvray")
 
 START_DEADLINE_S = 600.0  # clearing the pages of a new slab takes 0.5 s/GiB: enough for 1 TiB
 STOP_DEADLINE_S = 30.0  # unmapping a terabyte takes seconds
+SWEEP_DEADLINE_S = 30.0  # of what cleans up after a silent NodeStore, see node.opening.clean_up
 CALL_DEADLINE_S = 10.0  # a Ray call takes a millisecond, an actor that is being restarted 2 s
 LOOK_PERIOD_S = 0.05  # while somebody waits for a node: two Ray calls of a millisecond
 NODE_DEADLINE_S = 2.0  # of a NodeStore's word on itself; one that is silent is shown without it
@@ -182,9 +183,10 @@ class Cluster:
         """End kvray on this Ray cluster: no actor, no slab, no socket is left. Ray goes on.
 
         Engines go on uncached; what they had mapped is theirs until they let go. May be repeated.
-        Raises NodeLostError that names what is left, if anything is.
+        deadline_s: for the NodeStores to give everything back by themselves; to clean up after one
+        that does not takes up to SWEEP_DEADLINE_S more. Raises NodeLostError that names what is
+        left, if anything is.
         """
-        end_s = time.monotonic() + deadline_s
         settings: dict[str, object] = {"cluster_name": self.name}
         with contextlib.suppress(NodeLostError):
             settings = self._origin().config.to_dict()
@@ -199,8 +201,8 @@ class Cluster:
             ray.kill(self._find_directory(), no_restart=True)
         left = [path for paths in answers.values() for path in paths or ()]
         silent = [node_id for node_id in stores if answers[node_id] is None]
-        left += sweep(settings, silent, max(CALL_DEADLINE_S, end_s - time.monotonic()))
-        left += self._names_left(end_s)
+        left += sweep(settings, silent, SWEEP_DEADLINE_S)
+        left += self._names_left()
         if left:
             raise NodeLostError(
                 f"kvray cluster {self.name!r} was stopped, but this is left: {', '.join(left)}. "
@@ -275,8 +277,9 @@ class Cluster:
                 )
             time.sleep(LOOK_PERIOD_S)
 
-    def _names_left(self, end_s: float) -> list[str]:
+    def _names_left(self) -> list[str]:
         """Actors end a moment after they were killed."""
+        end_s = time.monotonic() + CALL_DEADLINE_S
         while True:
             names = actor_names(node_store_prefix(self.name))
             names += actor_names(directory_name(self.name))

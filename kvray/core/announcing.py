@@ -46,7 +46,7 @@ class AnnouncingLimits:
     # From a change to its announce: a prefill commits its blocks within a few ms, in one call then.
     debounce_ms: int = 5
     first_period_ms: int = 200  # until the directory has said how often
-    # A call is made again after so long; the directory buries after 1,500 ms of silence.
+    # A call is made again after so long; the directory buries after 2,500 ms of silence.
     call_timeout_ms: int = 500
     # After a failed call, growing to the second: a directory that Ray restarts needs 1 to 3 s.
     first_retry_ms: int = 100

@@ -160,6 +160,8 @@ class KVRayConnector(OffloadingConnector):
         self.lookups.begin(request.request_id, runs)
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
+        if self.faulted is not None:
+            self.lookups.draining = True  # nobody would commit what is reserved
         meta = super().build_connector_meta(scheduler_output)
         self._note_jobs(meta, scheduler_output)
         return KVRayConnectorMetadata(
@@ -225,6 +227,7 @@ class KVRayConnector(OffloadingConnector):
             "uncached": self._uncached or self.faulted or lookups.faulted,
             "slot_bytes": dict(lookups.slot_bytes or {}),
             "pending": self.pending(),
+            "unacknowledged": client.snapshot()["unacknowledged"] if client is not None else 0,
             "counters": {**lookups.counters, **(client.counters if client is not None else {})},
         }
 

@@ -26,7 +26,9 @@ from kvray.node.slab_file import (
     slab_paths,
 )
 
-LOCK_DEADLINE_S = 5.0  # a killed process lets go of its lock when it has given its memory back
+# Ray ends an actor that does not hear its kill about 5 s later; then its memory is given back, and
+# only then its lock.
+LOCK_DEADLINE_S = 20.0
 LOCK_PERIOD_S = 0.05
 
 _MONITOR, _THRESHOLD = "memory_monitor_refresh_ms", "memory_usage_threshold"  # Ray's names

@@ -378,6 +378,7 @@ def test_a_killed_directory_comes_back_and_is_told_everything(
     wait_until(is_whole, what="the directory and what it knew", limit_s=START_LIMIT_S)
     # The other node joins it a moment later, and until then looks nothing up there.
     wait_until(lambda: b.hits(keys) == 1, what="a hit found by the new directory")
+    running.wait_ready(2, deadline_s=START_LIMIT_S)
 
 
 def test_a_node_store_that_somebody_killed_for_good_is_made_again(running: kvray.Cluster) -> None:

@@ -297,10 +297,10 @@ def test_a_silent_node_is_a_suspect_then_buried_and_its_blocks_are_last_then_gon
     other = Node(cluster, "b").join(A)
     silent, reader = Node(cluster, "a").join(A), Node(cluster, "c").join()
     assert reader.locate(A) == [(0, "a", 1), (0, "b", 1)], "the youngest first"
-    cluster.wait(1_000, other, reader)
+    cluster.wait(1_500, other, reader)
     assert cluster.core.state_of(silent.info.node_id) is NodeState.SUSPECT
     assert reader.locate(A) == [(0, "b", 1), (0, "a", 1)]
-    cluster.wait(500, other, reader)
+    cluster.wait(1_000, other, reader)
     assert cluster.core.state_of(silent.info.node_id) is NodeState.BURIED
     assert reader.locate(A) == [(0, "b", 1)]
     assert [info.node_id for info in cluster.core.roster()] == ["b", "c"]
@@ -311,7 +311,7 @@ def test_a_suspect_that_speaks_is_as_good_as_any() -> None:
     cluster = Cluster()
     other, reader = Node(cluster, "b").join(A), Node(cluster, "c").join()
     node = Node(cluster, "a").join(A)
-    cluster.wait(1_000, other, reader)
+    cluster.wait(1_500, other, reader)
     assert node.announce() is OK
     assert reader.locate(A) == [(0, "a", 1), (0, "b", 1)]
     assert cluster.states()[-2:] == [("a", NodeState.SUSPECT), ("a", NodeState.ALIVE)]
@@ -320,7 +320,7 @@ def test_a_suspect_that_speaks_is_as_good_as_any() -> None:
 def test_a_frozen_node_that_speaks_after_its_burial_needs_a_new_epoch() -> None:
     cluster = Cluster()
     node, reader = Node(cluster, "a").join(A), Node(cluster, "c").join()
-    cluster.wait(1_500, reader)
+    cluster.wait(2_500, reader)
     assert node.announce(B) is BURIED
     assert node.hello().accepted_epoch == 11, "the old epoch does not come back"
     assert node.announce() is BURIED
@@ -339,7 +339,7 @@ def test_a_pause_of_the_directory_is_not_the_silence_of_its_nodes() -> None:
     assert cluster.core.state_of(node.info.node_id) is NodeState.ALIVE
     cluster.now_ms -= 5_000
     cluster.core.on_tick(cluster.now_ms)
-    cluster.wait(500)
+    cluster.wait(1_000)
     assert cluster.core.state_of(node.info.node_id) is NodeState.SUSPECT, "a clock that goes back"
 
 
@@ -348,7 +348,7 @@ def test_an_old_message_is_no_sign_of_life() -> None:
     node = Node(cluster, "a").join()
     announce = node.say([A])
     node.send(announce)
-    for _ in range(4):
+    for _ in range(6):
         cluster.wait(250)
         node.send(announce)
     assert cluster.core.state_of(node.info.node_id) is NodeState.SUSPECT
@@ -356,8 +356,8 @@ def test_an_old_message_is_no_sign_of_life() -> None:
 
 def test_heartbeats_are_rarer_in_a_large_cluster() -> None:
     periods = [heartbeat_period_ms(count) for count in range(2_000)]
-    assert periods[1] == periods[10] == 200
-    assert periods[505] == 1_100
+    assert periods[1] == periods[10] == 500
+    assert periods[505] == 1_250
     assert periods[1_000] == periods[1_999] == 2_000
     assert periods == sorted(periods)
 
@@ -367,14 +367,14 @@ def test_a_node_of_a_large_cluster_has_the_time_it_was_told() -> None:
     nodes = [Node(cluster, f"n{i}") for i in range(310)]
     for node in nodes:
         cluster.core.on_hello(NodeHello(info=node.info, wall_clock_ms=0), cluster.now_ms)
-    assert nodes[0].hello().heartbeat_period_ms == 745
+    assert nodes[0].hello().heartbeat_period_ms == 954
     # All others leave, so that heartbeats must be more frequent again; this node is told so, but
     # the answer may have been lost.
     for node in nodes[1:]:
         cluster.core.on_bye(node.info.node_id, node.info.epoch)
-    assert nodes[0].send(nodes[0].say()).heartbeat_period_ms == 200
+    assert nodes[0].send(nodes[0].say()).heartbeat_period_ms == 500
     states: list[NodeState | None] = []
-    for duration_ms in (2_000, 250, 1_250, 250):  # 3 * 745 is in the second, 5 * 745 in the last
+    for duration_ms in (2_750, 250, 1_750, 250):  # 3 * 954 is in the second, 5 * 954 in the last
         cluster.wait(duration_ms)
         states.append(cluster.core.state_of(nodes[0].info.node_id))
     assert states == [NodeState.ALIVE, NodeState.SUSPECT, NodeState.SUSPECT, NodeState.BURIED]

@@ -275,16 +275,16 @@ def test_an_idle_node_only_sends_heartbeats() -> None:
     before = core.snapshot()["announcing"]["announces"]
     cluster.pass_ms(10_000)
 
-    assert core.snapshot()["announcing"]["announces"] == before + 50
+    assert core.snapshot()["announcing"]["announces"] == before + 20
     due_ms = core.next_deadline_ms()
     assert due_ms is not None
-    assert 100 <= due_ms - cluster.now_ms <= 200, "sleeps until then"
+    assert 100 <= due_ms - cluster.now_ms <= 500, "sleeps until then"
 
 
 def test_a_directory_that_restarts_learns_everything_again() -> None:
     cluster, here, there = cluster_with(A, B)
     cluster.restart_directory()
-    cluster.pass_ms(500)
+    cluster.pass_ms(1_000)
 
     assert announced(cluster, A, B) == [["a"], ["a"]]
     op = there.lookup([A, B])
@@ -301,7 +301,7 @@ def test_a_call_that_is_lost_is_made_again_and_loses_no_change() -> None:
     (lost,) = here.node.calls.values()
     here.node.calls.clear()
     here.store(B)
-    cluster.pass_ms(600)
+    cluster.pass_ms(1_100)
 
     assert isinstance(lost.message, Announce)
     assert announced(cluster, A, B) == [["a"], ["a"]]
@@ -310,13 +310,13 @@ def test_a_call_that_is_lost_is_made_again_and_loses_no_change() -> None:
 
 def test_a_late_answer_counts_as_an_answer() -> None:
     cluster, here, _ = cluster_with()
-    cluster.now_ms += 200
+    cluster.now_ms += 500
     here.node.tick()
     (late,) = here.node.calls.values()
     reply = cluster.ask(late.message)
     assert reply is not None
     here.node.calls.clear()
-    cluster.now_ms += 600
+    cluster.now_ms += 1_100
     here.node.tick()  # it is said again, and has not been answered either
     here.node.calls.clear()
 
@@ -333,7 +333,7 @@ def test_without_a_directory_a_node_serves_what_it_has_and_nobody_waits() -> Non
     cluster.settle()
     assert there.answer(op) == "m"
     assert misses(there) == {"directory_silent": 1}
-    cluster.pass_ms(2_000)
+    cluster.pass_ms(3_000)
 
     assert there.answer(there.lookup([B])) == "h"
     assert there.answer(there.lookup([A])) == "m"
