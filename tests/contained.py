@@ -151,6 +151,8 @@ def _reap() -> None:
 
 
 def _die_with_parent() -> None:
+    # Whoever started us in the background had a shell that ignores SIGINT, and children inherit it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -43,7 +43,7 @@ def open_slab(
     return SlabOwner.open(
         config.cluster_name,
         node_id,
-        _geometry(config, paths, threshold),
+        geometry_for(config, paths, threshold),
         lock_mode=config.lock,
         live_node_ids=[NodeId(alive) for alive in alive_nodes()],
         memory_usage_threshold=threshold,
@@ -52,7 +52,11 @@ def open_slab(
     )
 
 
-def _geometry(config: Config, paths: SlabPaths, threshold: float) -> Geometry:
+def geometry_for(config: Config, paths: SlabPaths, threshold: float) -> Geometry:
+    """See the picture above. Raises ConfigError if what is set can not be cut.
+
+    threshold: the share of the host's memory above which Ray kills workers.
+    """
     found = _geometry_of(paths.slab)
     slab_bytes = config.slab_bytes
     if slab_bytes is None and found is not None:

@@ -1,0 +1,61 @@
+"""Goal: a bug ends an actor's process at once and is told; names of two clusters never meet."""
+
+import subprocess
+import sys
+
+from kvray.actors import BUG_EXIT_CODE, directory_name, node_store_name, node_store_prefix
+
+NODE = "ab" * 28
+
+
+def run(code: str, *options: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, *options, "-c", code], capture_output=True, text=True, check=False
+    )
+
+
+def test_a_bug_ends_the_process_and_leaves_its_story() -> None:
+    done = run(
+        """
+import threading
+from kvray.actors import ending_on_bug, log_to_stderr
+log_to_stderr()
+def loop():
+    with ending_on_bug("a thread"):
+        assert 1 == 2, "the reason"
+threading.Thread(target=loop).start()
+threading.Event().wait()
+"""
+    )
+    assert done.returncode == BUG_EXIT_CODE
+    assert "a bug in a thread" in done.stderr
+    assert "AssertionError: the reason" in done.stderr
+
+
+def test_asserts_can_not_be_switched_off() -> None:
+    code = "from kvray.actors import refuse_optimized; refuse_optimized()"
+    assert run(code).returncode == 0
+    refused = run(code, "-O")
+    assert refused.returncode == 1
+    assert "ConfigError" in refused.stderr
+
+
+def test_info_lines_reach_the_log_once() -> None:
+    done = run(
+        """
+import logging
+from kvray.actors import log_to_stderr
+logging.basicConfig()
+log_to_stderr()
+log_to_stderr()
+logging.getLogger("kvray.node").info("one line")
+"""
+    )
+    assert done.stderr.count("one line") == 1
+
+
+def test_a_prefix_names_the_node_stores_of_one_cluster_only() -> None:
+    assert node_store_name("a", NODE).startswith(node_store_prefix("a"))
+    for other in ("ab", "a-b"):
+        assert not node_store_name(other, NODE).startswith(node_store_prefix("a"))
+    assert not directory_name("a").startswith(node_store_prefix("a"))
