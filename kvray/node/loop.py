@@ -19,8 +19,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from enum import StrEnum
 from typing import Any
+
+from ray.exceptions import RayError
 
 from kvray import __version__
 from kvray.actors import ending_on_bug
@@ -33,7 +36,7 @@ from kvray.errors import KVRayError, LinkError, NodeLostError, SlabError
 from kvray.link.base import Link
 from kvray.node.control import Control
 from kvray.node.inbox import Inbox, Question
-from kvray.node.opening import left_behind, open_slab
+from kvray.node.opening import left_behind, open_slab, sweep_dead_nodes
 from kvray.node.peers import LinkFailed, LinkOpened, LinkThread
 from kvray.node.server import LocalServer
 from kvray.node.serving import Serving, clock_ms
@@ -155,9 +158,7 @@ class NodeLoop(threading.Thread):
         finally:
             reads_in_flight = self._link.close()
             self._link = None
-            self._left = _give_back(
-                slab, unlink=self._stopping.is_set(), unmap=reads_in_flight == 0
-            )
+            self._left = self._give_back(slab, unmap=reads_in_flight == 0)
 
     def _serve(self, slab: SlabOwner, link: LinkThread) -> None:
         born_ms, born_wall_clock_ms = clock_ms(), int(time.time() * 1000)
@@ -239,14 +240,17 @@ class NodeLoop(threading.Thread):
         if self._stopping.is_set():
             raise SlabError("stopped while the slab was being cleared")
 
-
-def _give_back(slab: SlabOwner, *, unlink: bool, unmap: bool) -> list[str]:
-    """The files that are left. A read that has not ended may still write into the mapping: then
-    only the name goes, and the memory with this process.
-    """
-    paths = slab.paths
-    if unmap:
-        slab.close(unlink=unlink)
-    elif unlink:
-        paths.slab.unlink(missing_ok=True)
-    return left_behind(paths) if unlink else []
+    def _give_back(self, slab: SlabOwner, *, unmap: bool) -> list[str]:
+        """The files that are left, if this is the end. A read that has not ended may still write
+        into the mapping: then only the name goes, and the memory with this process.
+        """
+        paths, is_end = slab.paths, self._stopping.is_set()
+        if unmap:
+            slab.close(unlink=is_end)
+        elif is_end:
+            paths.slab.unlink(missing_ok=True)
+        if not is_end:
+            return []
+        with suppress(RayError):  # Ray may be ending, too
+            sweep_dead_nodes(self._config)
+        return left_behind(paths)

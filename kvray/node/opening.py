@@ -6,12 +6,19 @@ runtime folder ──▶ geometry: as set ─┬─ else as the slab that is the
 """
 
 import os
+import re
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
 from kvray.actors import alive_nodes
-from kvray.config import Config, default_extent_bytes, default_slab_bytes
+from kvray.config import (
+    NODE_NAME_CHARS,
+    Config,
+    default_extent_bytes,
+    default_slab_bytes,
+)
 from kvray.core.ids import NodeId
 from kvray.core.layout import FORMAT_VERSION, Geometry
 from kvray.node.memory import RAY_MEMORY_USAGE_THRESHOLD, Progress, read_host_memory
@@ -24,6 +31,7 @@ from kvray.node.slab_file import (
     read_header_page,
     runtime_directory,
     slab_paths,
+    sweep,
 )
 
 # Ray ends an actor that does not hear its kill about 5 s later; then its memory is given back, and
@@ -40,16 +48,19 @@ def open_slab(
     """Blocks for 0.5 s/GiB of a new slab. Raises ConfigError, SlabError or SlabBusyError."""
     threshold = memory_usage_threshold()
     paths = slab_paths(config.cluster_name, node_id, runtime=runtime)
-    return SlabOwner.open(
+    living = living_nodes()
+    slab = SlabOwner.open(
         config.cluster_name,
         node_id,
         geometry_for(config, paths, threshold),
         lock_mode=config.lock,
-        live_node_ids=[NodeId(alive) for alive in alive_nodes()],
+        live_node_ids=living,
         memory_usage_threshold=threshold,
         on_progress=on_progress,
         runtime=runtime,
     )
+    sweep_sockets(config.cluster_name, living, runtime=runtime)
+    return slab
 
 
 def geometry_for(config: Config, paths: SlabPaths, threshold: float) -> Geometry:
@@ -96,6 +107,37 @@ def memory_usage_threshold() -> float:
     if ray_settings[_MONITOR] == "0":
         return 1.0
     return float(ray_settings[_THRESHOLD] or RAY_MEMORY_USAGE_THRESHOLD)
+
+
+def living_nodes() -> list[NodeId]:
+    """The nodes that Ray says are alive."""
+    return [NodeId(node_id) for node_id in alive_nodes()]
+
+
+def sweep_sockets(cluster_name: str, living: Collection[NodeId], *, runtime: Path) -> list[Path]:
+    """Remove the sockets of this cluster's NodeStores that are gone with their nodes: an engine
+    that is not told its node has to find one socket on its host. Returns what was removed.
+    """
+    removed = []
+    living_names = {node_id[:NODE_NAME_CHARS] for node_id in living}
+    for path in sorted(runtime.glob(f"{cluster_name}-*.sock")):
+        name = path.stem.removeprefix(f"{cluster_name}-")
+        if name in living_names or not re.fullmatch(rf"[0-9a-f]{{1,{NODE_NAME_CHARS}}}", name):
+            continue
+        # Nobody who still holds it is gone, whatever Ray says (of its cluster, or of another one).
+        lock = SlabLock.acquire(slab_paths(cluster_name, name, runtime=runtime).lock)
+        if lock is not None:
+            path.unlink(missing_ok=True)
+            lock.release()
+            removed.append(path)
+    return removed
+
+
+def sweep_dead_nodes(config: Config) -> None:
+    """At the end: what nodes that are gone have left on this host."""
+    runtime, living = runtime_directory(config.runtime_dir), living_nodes()
+    sweep(config.cluster_name, living, runtime=runtime)
+    sweep_sockets(config.cluster_name, living, runtime=runtime)
 
 
 def clean_up(settings: dict[str, object], node_id: str) -> list[str]:

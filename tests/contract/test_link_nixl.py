@@ -4,26 +4,36 @@ this link has to get right. The owner is a process of its own, with its own agen
 
 import itertools
 import os
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvray.core.ids import ReadId
 from kvray.errors import LinkError
-from kvray.link.base import Link, ReadOutcome
+from kvray.link.base import Link, ReadOutcome, Segments
 from kvray.link.nixl import NixlLink
-from tests.contract.link_contract import END_LIMIT_S, KILL_LIMIT_S, LinkContract, Reader
+from tests.contract.link_contract import END_LIMIT_S, KILL_LIMIT_S, LinkContract, Memory, Reader
 from tests.contract.nixl_owner import NixlOwner
 from tests.processes import ProcessGroup
 
 OVER_TCP_LIMIT_S = 240.0  # 40 s alone; the two cores have other work at times
 
 _numbers = itertools.count(1)
+
+
+def over_tcp() -> bool:
+    return os.environ.get("UCX_TLS") == "tcp"
+
+
+once = pytest.mark.skipif(over_tcp(), reason="this is the run over TCP")
 
 
 @pytest.fixture
@@ -201,6 +211,39 @@ def test_the_death_of_one_peer_does_not_disturb_another(
         assert can_read(reader, next(read_ids), owner)
 
 
+@pytest.mark.skipif(not over_tcp(), reason="cma has no connection that could break")
+def test_a_peer_whose_connection_has_broken_is_connected_anew(
+    reader: Reader, owner: NixlOwner
+) -> None:
+    # Method: shut down every TCP connection of this process, under UCX's feet.
+    reader.connect(owner)
+    assert can_read(reader, 1, owner)
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
+            if connection.family in {socket.AF_INET, socket.AF_INET6}:
+                connection.shutdown(socket.SHUT_RDWR)
+    assert not can_read(reader, 2, owner)
+    assert can_read(reader, 3, owner)
+    assert reader.holds(owner, (0, 0, 65536))
+
+
+def test_memory_registered_after_the_metadata_were_read_is_no_source(
+    make_link: Callable[[], NixlLink], reader: Reader
+) -> None:
+    other = make_link()
+    early, late = Memory(65536), Memory(65536)
+    other.register(early.address, 65536)
+    metadata = other.metadata
+    other.register(late.address, 65536)
+    reader.link.connect(other.name, metadata)
+    here = np.full(1, reader.memory.address, np.uint64)
+    for memory, is_source in ((early, True), (late, False)):
+        there, size = np.full(1, memory.address, np.uint64), np.full(1, 64, np.uint64)
+        with nullcontext() if is_source else pytest.raises(LinkError):
+            reader.link.post_read(ReadId(1 + is_source), other.name, Segments(here, there, size))
+    reader.poll_until(lambda: bool(other.poll() or reader.ends), limit_s=END_LIMIT_S)
+
+
 def can_read(reader: Reader, read_id: int, owner: NixlOwner) -> bool:
     try:
         reader.post(read_id, owner, (0, 0, 65536))
@@ -211,13 +254,6 @@ def can_read(reader: Reader, read_id: int, owner: NixlOwner) -> bool:
 
 
 # -- what is asked of UCX -----------------------------------------------------------------------
-
-
-def over_tcp() -> bool:
-    return os.environ.get("UCX_TLS") == "tcp"
-
-
-once = pytest.mark.skipif(over_tcp(), reason="this is the run over TCP")
 
 
 @once

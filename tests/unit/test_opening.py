@@ -13,9 +13,9 @@ from kvray.core.ids import NodeId
 from kvray.core.layout import Geometry
 from kvray.node import opening
 from kvray.node.memory import read_host_memory
-from kvray.node.opening import clean_up, geometry_for, memory_usage_threshold
+from kvray.node.opening import clean_up, geometry_for, memory_usage_threshold, sweep_sockets
 from kvray.node.slab import SlabOwner
-from kvray.node.slab_file import SHM_DIRECTORY, SlabPaths, slab_paths
+from kvray.node.slab_file import SHM_DIRECTORY, SlabLock, SlabPaths, slab_paths
 
 CLUSTER = "test-opening"
 NODE = NodeId("5eed" * 14)
@@ -97,3 +97,18 @@ def test_what_a_living_one_has_is_left_alone_and_named(
         assert paths.slab.exists()
     finally:
         slab.close(unlink=True)
+
+
+def test_only_sockets_of_nodes_that_are_gone_are_removed(tmp_path: Path) -> None:
+    gone, outlived, living = (NodeId(letter * 56) for letter in "abc")
+    paths = [slab_paths(CLUSTER, node, runtime=tmp_path) for node in (gone, outlived, living)]
+    other = slab_paths(f"{CLUSTER}-2", gone, runtime=tmp_path)
+    for each in (*paths, other):
+        each.socket.touch()
+    lock = SlabLock.acquire(paths[1].lock)  # an actor that has outlived its node
+    assert lock is not None
+    try:
+        assert sweep_sockets(CLUSTER, [living], runtime=tmp_path) == [paths[0].socket]
+    finally:
+        lock.release()
+    assert [each.socket.exists() for each in (*paths, other)] == [False, True, True, True]

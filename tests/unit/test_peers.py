@@ -37,6 +37,7 @@ from kvray.node.peers import (
     LinkThread,
     PeerConnected,
     ReadEnded,
+    _Bell,
 )
 from kvray.node.scratch import ROWS_PER_REGION, HeaderScratch
 from tests.contract.link_contract import Memory, pattern
@@ -252,18 +253,20 @@ def test_what_can_not_be_read_is_an_event_and_starts_nothing() -> None:
     stranger = Peer(node.network, "stranger")
     node.take(LinkOpened)
     end = GEOMETRY.slab_bytes
-    for read in [
-        payload(1, stranger, (0, 0, 64)),
-        payload(2, other_epoch, (0, 0, 64)),
-        payload(3, peer, (end - 63, 0, 64)),
-        payload(4, peer, (0, 0, 64), (2**64 - 32, 64, 64)),
-        payload(5, peer, (0, 0, 64), (end + 4096, 64, 64)),
-        headers(6, peer, 2**30),
+    for read, reason in [
+        (payload(1, stranger, (0, 0, 64)), "not connected"),
+        (payload(2, other_epoch, (0, 0, 64)), "not connected"),
+        (payload(3, peer, (end - 63, 0, 64)), "outside of the slab"),
+        (payload(4, peer, (0, 0, 64), (2**64 - 32, 64, 64)), "outside of the slab"),
+        (payload(5, peer, (0, 0, 64), (end + 4096, 64, 64)), "outside of the slab"),
+        (payload(6, peer, (0, 0, 2**64 - 1)), "outside of the slab"),
+        (headers(7, peer, 2**30), "outside of the slab"),
+        (headers(8, peer), "pieces"),
     ]:
         node.do(read)
         ended = node.take_end()
         assert (ended.read_id, ended.ending) == (read.read_id, Ending.REFUSED)
-        assert ended.reason
+        assert reason in ended.reason
     node.poll(3)
     assert node.events == []
     assert node.loop.in_flight == 0
@@ -422,6 +425,22 @@ def test_a_disconnected_peer_is_not_read_from_but_its_reads_end() -> None:
     assert node.take_end().ending is Ending.REFUSED
     node.poll(2)
     assert node.take_end().read_id == 1
+
+
+def test_a_peer_that_is_disconnected_while_it_is_being_connected_is_not_waited_for() -> None:
+    node = Node()
+    silence = threading.Event()
+    node.probe_fate = Fate(held_by=silence)
+    peer = Peer(node.network, "peer")
+    node.do(ConnectPeer(peer.info))
+    node.do(DisconnectPeer(peer.info.node_id, peer.info.epoch))
+    node.take(LinkOpened)
+    node.run_for(2 * BUSY_WINDOW_US)
+    assert node.run_for(SECOND_US) == SECOND_US // IDLE_POLL_US
+    silence.set()
+    node.run_for(CONNECT_LIMIT_US)
+    assert node.events == []
+    assert node.scratch.free_count == node.scratch.region_count
 
 
 # -- a new epoch --------------------------------------------------------------------------------
@@ -605,6 +624,20 @@ def test_a_command_does_not_wait_for_the_idle_poll(
         ended = threaded.next()
         assert isinstance(ended, ReadEnded)
         assert ended.read_id == read_id
+
+
+def test_a_bell_wakes_who_waits_or_who_comes_next_and_once() -> None:
+    # Method: a wait that nothing ended would last for longer than the test may.
+    bell = _Bell()
+    bell.ring()
+    bell.ring()
+    bell.wait(10 * EVENT_LIMIT_S)
+    bell.wait(0.0)
+    bell.wait(1e-6)
+    rings = threading.Timer(0.01, bell.ring)
+    rings.start()
+    bell.wait(10 * EVENT_LIMIT_S)
+    rings.join()
 
 
 def test_closing_ends_the_thread_and_the_link() -> None:
