@@ -15,7 +15,7 @@ SYSTEM_PACKAGES := $(shell grep -v '^\#' requirements/system-packages.txt)
 # Upper bounds of one run, in seconds: .ci/run has 75 minutes for all of them.
 TEST_LIMIT_S := 1200
 SLOW_LIMIT_S := 1200
-RAY_LLM_LIMIT_S := 900
+RAY_LLM_LIMIT_S := 1200
 
 # Runs pytest so that no process outlives it, whatever happens in the tests.
 pytest = $(1)/bin/python -m tests.contained --limit-s $(2) -- $(1)/bin/python -m pytest

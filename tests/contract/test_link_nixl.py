@@ -218,8 +218,9 @@ def test_a_peer_whose_connection_has_broken_is_connected_anew(
     # Method: shut down every TCP connection of this process, under UCX's feet.
     reader.connect(owner)
     assert can_read(reader, 1, owner)
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
+    for name in Path("/proc/self/fd").iterdir():
+        with suppress(OSError), socket.socket(fileno=os.dup(int(name.name))) as connection:
+            connection.getpeername()  # OSError: it listens, or is no socket
             if connection.family in {socket.AF_INET, socket.AF_INET6}:
                 connection.shutdown(socket.SHUT_RDWR)
     assert not can_read(reader, 2, owner)
