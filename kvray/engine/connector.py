@@ -16,11 +16,13 @@ Loaded by name: {"kv_connector": "KVRayConnector", "kv_role": "kv_both",
 
 import logging
 import os
+import time
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 
+from kvray.config import find_sockets
 from kvray.core.ids import Namespace
 from kvray.engine import hooks, support, versions
 from kvray.engine.discovery import socket_finder
@@ -34,15 +36,25 @@ from kvray.engine.jobs import (
 from kvray.engine.ledger import Finished, JobKind, JobLedger, Outcome
 from kvray.engine.lookups import Lookups, RequestView, Run
 from kvray.engine.namespace import AdapterDigests, digest, gather_fields
-from kvray.engine.spec import engine_nonce
+from kvray.engine.spec import FIRST_SESSION_S, engine_nonce
 from kvray.engine.transfers import Transfers
 from kvray.node.client import NodeClient
 
 logger = logging.getLogger("kvray.engine")
 
+SESSION_POLL_S = 0.005  # a hello takes a few ms
 CLOSE_DEADLINE_S = 1.0  # for the last commits and the bye; the NodeStore copes without them
 
 Subject = SlotSpec | tuple[str, RequestView]  # a store's slots, or the request that loads
+
+
+def wait_session(client: NodeClient) -> None:
+    """So that the first request of an engine meets a NodeStore that is there. At construction
+    only; one that comes later, or does not answer, is met later.
+    """
+    end_s = time.monotonic() + FIRST_SESSION_S
+    while client.session is None and time.monotonic() < end_s:
+        time.sleep(SESSION_POLL_S)
 
 
 class KVRayConnector(OffloadingConnector):
@@ -89,6 +101,8 @@ class KVRayConnector(OffloadingConnector):
         )
         self.lookups.open(self._client, fields)
         self._client.start()
+        if find_sockets(config):
+            wait_session(self._client)
         if self._uncached is not None:
             logger.warning("kvray: this engine runs uncached: %s", self._uncached)
 

@@ -15,10 +15,11 @@ of the hardware; what is assumed of it is marked "RDMA:".
 - A handle is released when it has ended, never before: releasing cancels, and what is cancelled
   may write all the same. A peer is not removed while a read from it is in flight, because NIXL
   then answers NOT_FOUND for the handle, whatever the transfer does.
-- An error means that the endpoint has failed: UCX closes it by force and completes all that was in
-  flight on it, in its next progress calls. NIXL reports the first error it sees, not the last end
-  (and 1.3.2 forgets a peer that has disconnected: NOT_FOUND for its other handles). So a failed
-  read is in flight until SETTLE_POLLS and SETTLE_NS have passed.
+- An error means (by the sources of NIXL and UCX; nobody promises it) that the endpoint has failed:
+  UCX closes it by force and completes all that was in flight on it, in its next progress calls.
+  NIXL reports the first error it sees, not the last end (and 1.3.2 forgets a peer that has
+  disconnected: NOT_FOUND for its other handles). So a failed read is in flight until SETTLE_POLLS
+  and SETTLE_NS have passed.
 
 UCX chooses the transports, and needs no setting. `transports` narrows the choice (UCX's names, as
 "tcp" or "rc,cuda_copy"): it becomes the variable UCX_TLS of this process, set before the agent is

@@ -139,7 +139,7 @@ class _Bell:
     """Wakes one thread, now or at its next wait. A lock that is held unless it has been rung.
 
     Waiting for a lock is the cheapest timed wait there is, and what idling costs is its wake-ups.
-    Not SimpleQueue.get(timeout): a short one may never return, since CPython (3.11 to 3.13) takes
+    Not SimpleQueue.get(timeout): a short one may never return, since CPython (3.11, 3.12) takes
     what is left of a timeout that has just passed, a negative number, for no timeout.
     """
 
