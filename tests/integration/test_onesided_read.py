@@ -16,6 +16,8 @@ import pytest
 from tests.integration.onesided import GEOMETRY, Counts, owner, reader
 
 READING_S = 3.0
+ENOUGH = 100  # blocks that were proven
+MAX_ROUNDS = 8  # of READING_S and a reader's start each
 PROCESS_LIMIT_S = 60.0  # a start with the first agent (1.3.2 loads torch), and READING_S
 END_LIMIT_S = 10.0
 
@@ -41,7 +43,7 @@ def test_a_block_that_is_rewritten_while_it_is_read_is_never_accepted(
 
     def start(function: Any, **arguments: Any) -> Connection:
         ours, theirs = context.Pipe()
-        name = f"{function.__name__}-{os.getpid()}-{transports or 'any'}@1"
+        name = f"{function.__name__}-{os.getpid()}-{transports or 'any'}@{len(processes) + 1}"
         process = context.Process(
             target=function,
             args=(theirs, slab_path, name, transports),
@@ -54,9 +56,13 @@ def test_a_block_that_is_rewritten_while_it_is_read_is_never_accepted(
         return ours
 
     try:
-        to_owner = start(owner, pause_s=0.0)
+        # A read over TCP takes milliseconds: an owner that never rests leaves nothing to prove.
+        to_owner = start(owner, pause_s=0.000_2 if transports else 0.0)
         info = received(to_owner)
-        counts: Counts = received(start(reader, duration_s=READING_S, info=info))
+        rounds: list[Counts] = []
+        # On a busy machine the owner is the faster one, and few blocks survive a read: go on.
+        while sum(counts.accepted for counts in rounds) <= ENOUGH and len(rounds) < MAX_ROUNDS:
+            rounds.append(received(start(reader, duration_s=READING_S, info=info)))
         to_owner.send("enough")
         rewrites: int = received(to_owner)
     finally:
@@ -64,13 +70,15 @@ def test_a_block_that_is_rewritten_while_it_is_read_is_never_accepted(
             process.kill()
             process.join(END_LIMIT_S)
 
-    story = f"{counts}; rewritten {rewrites} times"
-    assert counts.failed == [], story
-    assert counts.wrong_accepted == 0, story
-    # and the attack was one: blocks were proven, and others were caught. How many of those were
-    # torn (counts.wrong) is the scheduler's luck: dozens over cma here, often none over TCP.
-    assert counts.accepted > 0, story
-    assert counts.stale > 0, story
+    story = f"{rounds}; rewritten {rewrites} times"
+    assert [reason for counts in rounds for reason in counts.failed] == [], story
+    assert sum(counts.wrong_accepted for counts in rounds) == 0, story
+    # and the attack was one: blocks were proven, others were caught, and whoever reads the header
+    # before the payload would have believed some of those
+    assert sum(counts.accepted for counts in rounds) > ENOUGH, story
+    assert sum(counts.stale for counts in rounds) > 0, story
+    assert sum(counts.wrong for counts in rounds) > 0, story
+    assert sum(counts.wrong_if_header_came_first for counts in rounds) > 0, story
 
 
 def received(pipe: Connection) -> Any:
