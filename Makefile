@@ -20,13 +20,18 @@ RAY_LLM_LIMIT_S := 1200
 # Runs pytest so that no process outlives it, whatever happens in the tests.
 pytest = $(1)/bin/python -m tests.contained --limit-s $(2) -- $(1)/bin/python -m pytest
 
-.PHONY: help system install install-ray-llm demo test test-slow test-all test-ray-llm lint format clean
+.PHONY: help system install install-ray-llm demo test test-slow test-all test-ray-llm sim mutants \
+    faults bench lint format clean
 
 help:
 	@echo 'make demo          two nodes, two engines, one document (installs what it needs first)'
 	@echo 'make test          unit, property, contract and integration tests, under 20 minutes'
 	@echo 'make test-all      make test, and what is slower'
 	@echo 'make test-ray-llm  the engine tests with vLLM 0.29 and NIXL 1.3.2, the pair of ray[llm]'
+	@echo 'make sim           2,000 seeds of the cluster simulator, about a quarter of an hour'
+	@echo 'make mutants       bugs planted in the cores one at a time: each must be caught'
+	@echo 'make faults        real faults under load, about twenty minutes'
+	@echo 'make bench         all benchmarks, and the page of them: half an hour on a quiet machine'
 	@echo 'make lint          ruff, mypy, import-linter'
 	@echo 'make format        ruff format and the fixes that ruff is sure of'
 	@echo 'make install       .venv from the pinned file; a second call does nothing'
@@ -87,6 +92,18 @@ test-all: test test-slow
 
 test-ray-llm: system install-ray-llm
 	$(call pytest,$(VENV_RAY_LLM),$(RAY_LLM_LIMIT_S)) -m '(engine or ray_llm) and not slow' $(ARGS)
+
+sim: install
+	$(VENV)/bin/python -m tests.sim --seeds 2000 $(ARGS)
+
+mutants: install
+	$(VENV)/bin/python -m tests.mutants $(ARGS)
+
+faults: system install
+	$(VENV)/bin/python benchmarks/faults.py $(ARGS)
+
+bench: system install
+	$(VENV)/bin/python benchmarks/report.py $(ARGS)
 
 lint: install
 	$(VENV)/bin/ruff check .

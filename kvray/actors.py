@@ -6,12 +6,13 @@
 All in RAY_NAMESPACE, whatever namespace the caller's job is in. Knows neither of the two.
 """
 
+import gc
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from kvray.errors import ConfigError
@@ -19,6 +20,7 @@ from kvray.errors import ConfigError
 logger = logging.getLogger("kvray")
 
 RAY_NAMESPACE = "kvray"
+TURN_S = 0.0005  # about as long as a NodeStore needs for its longest answer to a look-up
 BUG_EXIT_CODE = 70  # EX_SOFTWARE, see sysexits.h; Ray starts the actor again
 
 
@@ -53,6 +55,42 @@ def log_to_stderr() -> None:
     logger.addHandler(lines)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+def run_at_normal_priority() -> bool:
+    """Undo the niceness (15) that Ray gives its workers: beside engines that compute, an answer to
+    one of them and a heartbeat would wait for a core. False where that is not allowed (it takes
+    CAP_SYS_NICE): then start Ray with RAY_worker_niceness=0. Before any thread is started.
+    """
+    try:
+        for thread in os.listdir("/proc/self/task"):  # noqa: PTH208
+            # A thread that has ended since is no reason to stop.
+            with suppress(ProcessLookupError):
+                os.setpriority(os.PRIO_PROCESS, int(thread), 0)
+    except PermissionError:
+        niceness = os.getpriority(os.PRIO_PROCESS, 0)
+        logger.warning(
+            "this process runs at niceness %d and may not change it; engines that compute delay "
+            "its answers. Start Ray with RAY_worker_niceness=0 in its environment",
+            niceness,
+        )
+        return False
+    return True
+
+
+def take_short_turns() -> None:
+    """Let the threads of this process (our loop, the link's, Ray's own) wait for one another for
+    half a millisecond at most, and not for the 5 that are Python's default: an engine's step waits
+    for an answer 2 ms in all.
+    """
+    sys.setswitchinterval(TURN_S)
+
+
+def keep_what_is_loaded() -> None:
+    """Let the garbage collector look no more at what is there by now. NIXL loads torch, and a full
+    collection would go through all that this is made of while every other thread waits.
+    """
+    gc.freeze()
 
 
 @contextmanager

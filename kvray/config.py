@@ -20,6 +20,9 @@ from kvray.errors import ConfigError
 LockMode = Literal["auto", "required", "off"]
 LOCK_MODES: tuple[LockMode, ...] = ("auto", "required", "off")
 
+Replacement = Literal["segmented", "lru"]  # as core.eviction has it, which imports the core
+REPLACEMENTS: tuple[Replacement, ...] = ("segmented", "lru")
+
 SHM_FOLDER = "/dev/shm"
 NODE_NAME_CHARS = 16  # of a node id in a file's name: 64 bits of a random number tell nodes apart
 MAX_CLUSTER_NAME_CHARS = 32  # what the slab's header page has room for
@@ -36,6 +39,7 @@ MAX_DEFAULT_EXTENT_BYTES = 512 << 20  # see default_extent_bytes
 
 MAX_DEADLINE_MS = 60_000  # of a look-up: after a minute a recompute has long been cheaper
 MAX_STEP_BUDGET_MS = 1_000
+MIN_EARLY_CORES = 4  # two that compute or feed a GPU, one that reads, one that copies
 MAX_TAG_CHARS = 256
 
 MAX_SHOWN_CHARS = 80  # of a wrong value, in an error
@@ -188,7 +192,9 @@ class Config:
     slab_bytes: None takes default_slab_bytes() of each node.
     extent_bytes: None takes default_extent_bytes() of the slab.
     lock: of the slab in memory (mlock). "auto" warns where memlock does not allow it.
-    probation_fraction: of the slots of one size, for blocks fetched from peers.
+    replacement: which block goes when room is needed; "lru" is there to be compared with.
+    probation_fraction: of the slots of one size, for blocks fetched from peers; not with "lru".
+    reused_fraction: of the slots of one size, for blocks that were used again; not with "lru".
     lookup_deadline_ms: what engines that kvray attaches get as their own.
     runtime_dir: folder of sockets; None takes default_runtime_dir() of each node.
     """
@@ -201,7 +207,9 @@ class Config:
         default=None, metadata=_by(_size(MIN_EXTENT_BYTES, MAX_EXTENT_BYTES))
     )
     lock: LockMode = field(default="auto", metadata=_by(_one_of(*LOCK_MODES)))
-    probation_fraction: float = field(default=0.10, metadata=_by(_fraction(0.0, 0.9)))
+    replacement: Replacement = field(default="segmented", metadata=_by(_one_of(*REPLACEMENTS)))
+    probation_fraction: float = field(default=0.01, metadata=_by(_fraction(0.0, 0.9)))
+    reused_fraction: float = field(default=0.15, metadata=_by(_fraction(0.0, 0.9)))
     lookup_deadline_ms: int = field(
         default=1_000, metadata=_by(_whole(1, MAX_DEADLINE_MS, "milliseconds"))
     )
@@ -238,7 +246,10 @@ class EngineConfig:
     socket_path: of the NodeStore; if None, it is found by node_id, and if that is None too, it
         is the only socket of the cluster in runtime_dir (see find_sockets).
     step_budget_ms: what all questions to the NodeStore may take of one scheduler step.
+    break_even: fetch only what takes longer to compute, as far as both have been measured.
     model_tag: an operator's word that joins the namespace: other tags share nothing.
+    load_early: begin to load a chain when its first blocks have come from a peer and the rest is on
+        its way. If false, when all of it is there. None: see loads_early.
     chunk_tokens: what a block holds, where vLLM's configuration leaves it open.
     attached: set by kvray.attach(): the engine was running already.
     """
@@ -254,7 +265,9 @@ class EngineConfig:
         default=2, metadata=_by(_whole(1, MAX_STEP_BUDGET_MS, "milliseconds"))
     )
     model_tag: str = field(default="", metadata=_by(_text(MAX_TAG_CHARS)))
+    load_early: bool | None = field(default=None, metadata=_by(_flag))
     store_answers: bool = field(default=True, metadata=_by(_flag))
+    break_even: bool = field(default=True, metadata=_by(_flag))
     chunk_tokens: int | None = field(default=None, metadata=_by(_whole(1, 65_536, "tokens")))
     attached: bool = field(default=False, metadata=_by(_flag))
 
@@ -271,6 +284,16 @@ class EngineConfig:
     def parse(cls, settings: Mapping[str, object]) -> Self:
         """Raises ConfigError for an unknown key (with the one that was meant) or a wrong value."""
         return _parse(cls, settings)
+
+    @property
+    def loads_early(self) -> bool:
+        """load_early; by default where the reads of the NodeStore and the copies of the engine each
+        have a core of their own. On two cores they take it from one another: with load_early a peer
+        hit of 115 MB took 126 ms, without 97 (benchmarks/ttft.py --model smollm2 --settings).
+        """
+        if self.load_early is not None:
+            return self.load_early
+        return (os.cpu_count() or 1) >= MIN_EARLY_CORES
 
     def to_dict(self) -> dict[str, object]:
         """Plain data that parse() takes, without what is at its default: it travels in vLLM's

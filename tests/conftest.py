@@ -7,11 +7,29 @@ from typing import Any, TypeAlias
 
 import pytest
 
+from tests import leftovers
 from tests.engines import Engine, Mode, start_engine
 
 EngineFactory: TypeAlias = Callable[..., Engine]
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tests ask nobody outside
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each module gives back what it has taken: made first, so it looks when all else has ended.
+
+    Where Ray or NIXL are at work, whose own descriptors stay until the process ends, only those
+    that lead to something of kvray count.
+    """
+    own_only = any(name in str(request.path) for name in ("/integration/", "/contract/"))
+    before = leftovers.look()
+    yield
+    for item in request.session.items:
+        # pytest keeps the arguments of the last test until after this, and a slab that it mapped.
+        (getattr(item, "funcargs", None) or {}).clear()
+    left = leftovers.wait_for_none(before, all_fds=not own_only)
+    assert not left, f"left behind by {request.path.name}: {'; '.join(left)}"
 
 
 def _factory(folder: Path) -> Iterator[EngineFactory]:

@@ -11,10 +11,12 @@ from enum import Enum
 
 import numpy as np
 
+from kvray.core.break_even import ALWAYS, Worth
 from kvray.core.commands import (
     AbandonRead,
     Arrived,
     AskDirectory,
+    Coming,
     CommitTargets,
     FetchCommand,
     Headers,
@@ -116,6 +118,7 @@ class FetchWorld:
     deadlines: dict[Waiter, int] = field(default_factory=dict)
     arrived: list[tuple[Waiter, BlockKey]] = field(default_factory=list)
     missed: list[tuple[Waiter, BlockKey, MissReason]] = field(default_factory=list)
+    coming: dict[Waiter, dict[BlockKey, Place]] = field(default_factory=dict)  # last told
     failed_peers: list[PeerFailed] = field(default_factory=list)
     lies: dict[str, int | bytes] = field(default_factory=dict)  # fields of every peer's headers
     content: dict[Place, BlockKey | None] = field(default_factory=dict)  # None: torn or nothing
@@ -157,12 +160,18 @@ class FetchWorld:
         *,
         within_ms: int = 1_000,
         block_bytes: int = BLOCK_BYTES,
+        worth: Worth = ALWAYS,
     ) -> None:
         keys = list(keys)
         self.waiting[who] = set(keys)
         self.deadlines[who] = self.now_ms + within_ms
         self.do(
-            self.core.want(who, [(k, block_bytes) for k in keys], deadline_ms=self.deadlines[who])
+            self.core.want(
+                who,
+                [(k, block_bytes) for k in keys],
+                worth=worth,
+                deadline_ms=self.deadlines[who],
+            )
         )
 
     def forget(self, who: Waiter, keys: Iterable[BlockKey] | None = None) -> None:
@@ -179,12 +188,12 @@ class FetchWorld:
         locate_id = min(self.locates) if locate_id is None else locate_id
         keys = self.locates.pop(locate_id)
         assert len(found) == len(keys)
-        self.do(self.core.on_located(locate_id, found))
+        self.do(self.core.on_located(locate_id, found, now_ms=self.now_ms))
 
     def reserve(self, batch_id: int) -> None:
         wants = self.reservations.pop(batch_id)
         grants = [self._grant(k, block_bytes) for k, block_bytes in wants]
-        self.do(self.core.on_reserved(batch_id, grants, now_ms=self.now_ms))
+        self.do(self.core.on_reserved(batch_id, grants))
 
     def end_read(self, read_id: ReadId | None = None, *, ok: bool = True) -> None:
         """A read ends, the oldest if none is named. Headers are what the peers' slabs say now."""
@@ -257,9 +266,17 @@ class FetchWorld:
                     self.targets[place] = Target.QUARANTINE
             case ReleaseTargets(places):
                 self._release(places)
+            case Coming(who, places):
+                for place in places:
+                    assert place.key in self.waiting.get(who, set()), (
+                        "told of what it has not asked"
+                    )
+                    assert place in self.targets, "told a slot that was not given"
+                    self.coming.setdefault(who, {})[place.key] = place
             case Arrived(who, keys):
                 for k in keys:
                     self._settle(who, k)
+                    self._assert_came_as_told(who, k)
                     self.arrived.append((who, k))
             case Missed(who, keys, reason):
                 for k in keys:
@@ -271,6 +288,12 @@ class FetchWorld:
     def _settle(self, who: Waiter, block: BlockKey) -> None:
         assert block in self.waiting.get(who, set()), "told twice, or never asked"
         self.waiting[who].discard(block)
+
+    def _assert_came_as_told(self, who: Waiter, block: BlockKey) -> None:
+        """Where it was said last, unless an engine of this node has written it."""
+        ready = [place for place, state in self.targets.items() if state is Target.READY]
+        if block not in self.present:
+            assert self.coming[who][block] in ready, "came to another slot than was told"
 
     def _post(self, post: PostRead) -> None:
         peer = self.peers[post.node_id]
@@ -305,8 +328,7 @@ class FetchWorld:
     def _assert_limits(self) -> None:
         writing = [place.key for place, state in self.targets.items() if state is Target.WRITING]
         assert len(set(writing)) == len(writing), "a block is fetched twice at a time"
-        unended = len(self.reads) + len(self.reservations)
-        assert unended <= self.limits.max_unended_reads
+        assert len(self.reads) <= self.limits.max_unended_reads
         for node_id in self.peers:
             posts = [read.post for read in self.reads.values()]
             of_peer = [

@@ -119,6 +119,7 @@ class FaultyExecutor:
         targets: Pointers,
         piece_bytes: Pointers,
         *,
+        arrived: Callable[[], int | None] | None = None,
         verify: Callable[[], bool] | None = None,
         keep_alive: object = None,
         urgent: bool = False,
@@ -128,6 +129,7 @@ class FaultyExecutor:
             sources,
             targets,
             piece_bytes,
+            arrived=arrived,
             verify=self._fault(verify),
             keep_alive=keep_alive,
             urgent=urgent,
@@ -185,6 +187,11 @@ def _writable_headers(slab: Any) -> Any:
     address = slab.address + slab.geometry.slot_table_offset
     raw = (ctypes.c_uint8 * (count * HEADER_BYTES)).from_address(address)
     return np.frombuffer(raw, dtype=SLOT_HEADER_DTYPE)
+
+
+def worker_is_connected(llm: Any) -> bool:
+    """It says hello by itself, a moment before or after its EngineCore."""
+    return bool(transfers_of(llm)._client.connected)
 
 
 # ---- what is loaded where
@@ -366,3 +373,26 @@ def count_preemptions(llm: Any) -> None:
 
 def preemptions(_llm: Any) -> int:
     return len(_preempted)
+
+
+# ---- requests that wait (an engine in this process steps only when it is told to)
+
+
+def add_request(llm: Any, name: str, prompt: list[int]) -> None:
+    """The request arrives; nobody schedules it yet."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0.0, max_tokens=1)
+    llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+
+
+def finish_requests(llm: Any) -> dict[str, int]:
+    """Steps until all have ended. The cached tokens of each."""
+    cached: dict[str, int] = {}
+    for _ in range(MAX_SETTLE_ROUNDS):
+        if not llm.llm_engine.has_unfinished_requests():
+            return cached
+        for output in llm.llm_engine.step():
+            cached[output.request_id] = output.num_cached_tokens
+    message = "requests do not end"
+    raise TimeoutError(message)

@@ -12,29 +12,16 @@ import numpy as np
 
 from kvray.core.codec import decode, encode, pack_keys, pack_slots, unpack_slots
 from kvray.core.commands import (
-    AbandonRead,
-    CallDirectory,
-    ConnectPeer,
-    DisconnectPeer,
-    Drop,
-    Headers,
-    Log,
-    NewEpoch,
     NodeCommand,
-    PostRead,
     ReadKind,
-    Restart,
-    Send,
-    WatchProcess,
     WriteClient,
 )
 from kvray.core.directory import DirectoryCore
-from kvray.core.effects import Effect, MarkGeneration, WriteExtent, WriteHeader
+from kvray.core.effects import MarkGeneration, WriteExtent, WriteHeader
 from kvray.core.fetch import FetchLimits
 from kvray.core.ids import (
     BlockKey,
     ClientId,
-    Epoch,
     Generation,
     Namespace,
     NodeId,
@@ -46,7 +33,6 @@ from kvray.core.ids import (
     SlotState,
     Term,
 )
-from kvray.core.layout import EXTENT_DTYPE, SLOT_HEADER_DTYPE, Geometry
 from kvray.core.messages import (
     MAX_CALL_BYTES,
     Abandon,
@@ -68,151 +54,33 @@ from kvray.core.messages import (
     LookupUpdate,
     NodeHello,
     NodeHelloReply,
-    NodeInfo,
     Refused,
     Report,
     Reserve,
     ReserveReply,
     Unpin,
 )
-from kvray.core.node import NodeCore
-from kvray.core.store import StoreCore
+from tests.shells import BLOCK_BYTES, Shell, Slab, stamp
 
-BLOCK_BYTES = 4_096
 WALL_CLOCK_OFFSET_MS = 1_000_000
 Slot = tuple[SlotIndex, Generation, int]  # slot, generation, offset
 
 
-def key(n: int) -> BlockKey:
-    return BlockKey(n.to_bytes(16, "big"))
-
-
-def stamp(block: BlockKey, block_bytes: int = BLOCK_BYTES) -> bytes:
-    """What a block of this key holds."""
-    return block * (block_bytes // len(block))
-
-
-class Slab:
-    """The file: it outlives its node."""
-
-    def __init__(self, name: str, *, slot_count: int = 32) -> None:
-        extent_bytes = 64 * 1024
-        needed_bytes = Geometry(1 << 22, extent_bytes).smallest_slab_bytes
-        slab_bytes = needed_bytes + (slot_count // 16 - 1) * (extent_bytes + 2_048)
-        self.geometry = Geometry(slab_bytes, extent_bytes)
-        self.slab_id = SlabId(name.encode().ljust(16, b"."))
-        self.memory = bytearray(slab_bytes)
-        self.headers: Headers = np.zeros(self.geometry.slot_count, SLOT_HEADER_DTYPE)
-        self.extents: Headers = np.zeros(self.geometry.extent_count, EXTENT_DTYPE)
-        self.clients: dict[int, WriteClient] = {}
-        self.generation_mark = 0
-        self.epoch = 0
-
-    def apply(self, effect: Effect | WriteClient) -> None:
-        if isinstance(effect, WriteHeader):
-            writers = {*self.clients, 0xFFFF}
-            assert effect.writer in writers or effect.state is SlotState.ABSENT, "writer unknown"
-            row = self.headers[effect.slot]
-            assert effect.state is not SlotState.READY or row["generation"] == effect.generation
-            row["generation"] = effect.generation
-            row["key"] = np.void(effect.key)
-            row["offset"] = effect.offset
-            row["bytes"] = effect.bytes
-            row["state"] = effect.state
-            row["origin"] = effect.origin
-            row["writer"] = effect.writer
-            row["extent_generation"] = effect.extent_generation
-        elif isinstance(effect, WriteExtent):
-            self.extents[effect.extent]["extent_generation"] = effect.extent_generation
-            self.extents[effect.extent]["slot_bytes"] = effect.slot_bytes
-        elif isinstance(effect, MarkGeneration):
-            self.generation_mark = effect.high_water
-        elif effect.client is None:
-            of_row = (self.headers["writer"] == effect.row) & (self.headers["state"] != 0)
-            held = self.headers["state"][of_row]
-            assert set(held.tolist()) <= {SlotState.READY}, "its slots are still being written"
-            del self.clients[effect.row]
-        else:
-            assert effect.row not in self.clients
-            self.clients[effect.row] = effect
-
-    def state(self, slot: SlotIndex) -> SlotState:
-        return SlotState(int(self.headers[slot]["state"]))
-
-    def states(self) -> dict[SlotState, int]:
-        return {
-            state: count
-            for state in SlotState
-            if state and (count := int((self.headers["state"] == state).sum()))
-        }
-
-    def block(self, offset: int, block_bytes: int = BLOCK_BYTES) -> bytes:
-        return bytes(self.memory[offset : offset + block_bytes])
-
-
-@dataclass
-class Row:
-    """A row of the table of clients, as a restart reads it."""
-
-    row: int
-    client: ClientId
-    role: Role
-    engine_nonce: int
-
-
-class Node:
+class Node(Shell):
     """A NodeCore and its shell."""
 
     def __init__(
         self, cluster: "Cluster", name: str, slab: Slab, *, limits: FetchLimits | None = None
     ) -> None:
         self.cluster = cluster
-        self.name = name
-        self.slab = slab
-        now_ms = cluster.now_ms
-        slab.epoch = max(slab.epoch + 1, now_ms + WALL_CLOCK_OFFSET_MS)
-        store = StoreCore(slab.geometry, generation_mark=slab.generation_mark)
-        store.adopt(slab.extents.copy(), slab.headers.copy(), now_ms=now_ms)
-        rows = [
-            Row(row, entry.client, entry.role, entry.engine_nonce)
-            for row, entry in slab.clients.items()
-            if entry.client is not None
-        ]
-        self.sent: dict[int, list[LocalAnswer]] = {}
-        self.dropped: dict[int, str] = {}
-        self.watched: set[tuple[int, int]] = set()
-        self.calls: dict[int, CallDirectory] = {}
-        self.reads: dict[ReadId, PostRead] = {}
-        self.abandoned: set[ReadId] = set()
-        self.connected: dict[NodeId, NodeInfo] = {}
-        self.lines: list[Log] = []
-        self.restarts: list[str] = []
-        self.renames: list[Epoch] = []
-        self.core = NodeCore(
-            self._info(Epoch(slab.epoch)),
-            store,
-            clients=rows,
+        super().__init__(
+            name,
+            slab,
+            now_ms=cluster.now_ms,
             wall_clock_offset_ms=WALL_CLOCK_OFFSET_MS,
-            now_ms=now_ms,
-            fetch_limits=limits,
+            limits=limits,
         )
-        self.do(self.core.start(now_ms))
-
-    def _info(self, epoch: Epoch) -> NodeInfo:
-        geometry = self.slab.geometry
-        return NodeInfo(
-            node_id=NodeId(self.name),
-            epoch=epoch,
-            link_name=f"{self.name}.{epoch}",
-            link_metadata=b"",
-            slab_id=self.slab.slab_id,
-            slab_address=0,
-            slab_bytes=geometry.slab_bytes,
-            extent_bytes=geometry.extent_bytes,
-            host="here",
-            kvray_version="0",
-            format_version=1,
-        )
+        self.do(self.core.start(cluster.now_ms))
 
     # -- events ----------------------------------------------------------------------------------
 
@@ -284,56 +152,10 @@ class Node:
             self.watched.discard((pid, start_ticks))
             self.do(self.core.on_process_gone(pid, start_ticks, self.cluster.now_ms))
 
-    def _do(self, command: NodeCommand) -> None:  # noqa: C901, PLR0912
-        match command:
-            case WriteHeader() | WriteExtent() | MarkGeneration() | WriteClient():
-                self.slab.apply(command)
-            case Send(session_id, message, with_fd):
-                assert with_fd == isinstance(message, HelloReply)
-                encode(message)  # asserts that the other side would take it
-                self.sent.setdefault(session_id, []).append(message)
-            case Drop(session_id, reason):
-                self.dropped[session_id] = reason
-            case WatchProcess(pid, start_ticks):
-                self.watched.add((pid, start_ticks))
-            case CallDirectory(call_id):
-                encode(command.message)
-                assert call_id not in self.calls
-                self.calls[call_id] = command
-            case ConnectPeer(info):
-                assert info.node_id not in self.connected
-                self.connected[info.node_id] = info
-            case DisconnectPeer(node_id, epoch):
-                assert self.connected.pop(node_id).epoch == epoch
-                left = {
-                    r for r, p in self.reads.items() if (p.node_id, p.epoch) == (node_id, epoch)
-                }
-                assert left <= self.abandoned, "a read of a peer that is disconnected"
-            case NewEpoch(epoch):
-                assert not self.connected
-                assert epoch > self.slab.epoch
-                self.renames.append(epoch)
-                self.slab.epoch = epoch
-            case PostRead(read_id, node_id, epoch):
-                assert self.connected[node_id].epoch == epoch
-                for offset in command.local_offsets.tolist():
-                    row = self.slab.headers[self.slab.headers["offset"] == offset]
-                    assert SlotState.WRITING in row["state"], (
-                        "reads into a slot that is not its own"
-                    )
-                self.reads[read_id] = command
-            case AbandonRead(read_id):
-                assert read_id in self.reads
-                self.abandoned.add(read_id)
-            case Log():
-                self.lines.append(command)
-            case Restart(reason):
-                self.restarts.append(reason)
-
-    def finish_renames(self) -> None:
-        while self.renames:
-            epoch = self.renames.pop()
-            self.do(self.core.on_renamed(self._info(epoch), self.cluster.now_ms))
+    def open_links(self) -> None:
+        while self.linking:
+            epoch = self.linking.pop()
+            self.do(self.core.on_linked(self._info(epoch), self.cluster.now_ms))
 
 
 @dataclass
@@ -395,7 +217,7 @@ class Cluster:
         while True:
             busy = False
             for node in list(self.nodes.values()):
-                node.finish_renames()
+                node.open_links()
                 for call_id in sorted(node.calls):
                     node.answer_call(call_id)
                     busy = True
@@ -434,6 +256,7 @@ class Engine:
         self.ops = 0
         self.states: dict[OpId, bytearray] = {}
         self.places: dict[OpId, dict[int, Slot]] = {}
+        self.coming: dict[OpId, dict[int, Slot]] = {}  # where it was said last that it will be
         self.keys: dict[OpId, list[BlockKey]] = {}
         self.seen = 0
         self.reserved: dict[BlockKey, Slot] = {}
@@ -480,6 +303,7 @@ class Engine:
         fetch: bool = True,
         block_bytes: int = BLOCK_BYTES,
         op: OpId | None = None,
+        key_compute_us: int = 0,
     ) -> OpId:
         op = op or self._op()
         self.keys[op] = [k for run in runs for k in run]
@@ -491,6 +315,7 @@ class Engine:
             [block_bytes] * len(runs),
             within_ms,
             fetch,
+            key_compute_us,
         )
         self.say(message)
         return op
@@ -561,25 +386,24 @@ class Engine:
             if isinstance(answer, LookupReply):
                 states = bytearray(answer.states)
                 self.states[answer.op] = states
-                hits = [i for i, state in enumerate(states) if state == KeyState.HIT]
-                self._take(answer.op, hits, answer.slots)
+                self._take(answer.op, range(len(states)), answer.states, answer.slots)
             elif isinstance(answer, LookupUpdate) and answer.op in self.states:
                 states = self.states[answer.op]
-                hits = []
                 for i, state in zip(answer.indices, answer.states, strict=True):
-                    assert states[i] == KeyState.WAIT, "settled twice"
+                    assert states[i] in (KeyState.WAIT, KeyState.COMING), "settled twice"
                     states[i] = state
-                    if state == KeyState.HIT:
-                        hits.append(i)
-                self._take(answer.op, hits, answer.slots)
+                self._take(answer.op, answer.indices, answer.states, answer.slots)
         self.seen = len(answers)
 
-    def _take(self, op: OpId, hits: list[int], slots: bytes) -> None:
-        rows = unpack_slots(slots)
-        assert len(rows) == len(hits)
-        for i, row in zip(hits, rows, strict=True):
-            self.places.setdefault(op, {})[i] = row
-            self.assert_holds(self.keys[op][i], row)
+    def _take(self, op: OpId, indices: Iterable[int], states: bytes, slots: bytes) -> None:
+        rows = iter(unpack_slots(slots))
+        for i, state in zip(indices, states, strict=True):
+            if state == KeyState.HIT:
+                self.places.setdefault(op, {})[i] = row = next(rows)
+                self.assert_holds(self.keys[op][i], row)
+            elif state == KeyState.COMING:
+                self.coming.setdefault(op, {})[i] = next(rows)
+        assert not list(rows), "places of nothing"
 
     def assert_holds(self, block: BlockKey, row: Slot) -> None:
         slot, generation, offset = row
@@ -593,7 +417,7 @@ class Engine:
     def answer(self, op: OpId) -> str:
         """The states of a lookup, a letter each."""
         self.listen()
-        return "".join("mhw"[state] for state in self.states[op])
+        return "".join("mhwc"[state] for state in self.states[op])
 
     def refusals(self) -> list[str]:
         answers = self.node.sent.get(self.session_id, [])

@@ -23,7 +23,7 @@ import numpy as np
 from kvray.core.effects import Place
 from kvray.core.ids import BlockKey, ClientId, NodeId, OpId, Origin, SlotState
 from kvray.core.layout import SLOT_HEADER_DTYPE, Geometry
-from kvray.core.store import StoreCore
+from kvray.core.store import Holder, StoreCore
 from kvray.errors import KVRayError
 from kvray.node.mapped import MappedSlab
 from kvray.node.slab import SlabOwner
@@ -114,6 +114,7 @@ class Writer:
         self.core.adopt(slab.extents, slab.headers, now_ms=0)
         self.apply()
         self._ops = 0
+        self._holders: dict[Place, Holder] = {}  # of what is being written
         self._client = ClientId(pid=os.getpid(), start_ticks=1, nonce=1)
 
     def apply(self) -> None:
@@ -130,6 +131,7 @@ class Writer:
             holder, [(key, BLOCK_BYTES)], writer=0, origin=Origin.ORIGINAL, now_ms=self._ops
         )
         assert isinstance(place, Place)
+        self._holders[place] = holder
         self.apply()
         return place
 
@@ -140,8 +142,12 @@ class Writer:
             self.slab.memory[offset : offset + step] = content
 
     def commit(self, place: Place) -> None:
-        holder = (self._client, OpId(self._ops))
+        holder = self._holders.pop(place)
         assert self.core.commit(holder, place.slot, place.generation, self._ops)
+        self.apply()
+
+    def abandon(self, place: Place) -> None:
+        assert self.core.abandon(self._holders.pop(place), place.slot, place.generation)
         self.apply()
 
     def write(self, key: BlockKey) -> Place:

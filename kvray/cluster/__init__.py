@@ -15,6 +15,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -28,6 +29,7 @@ from kvray.actors import (
     node_store_prefix,
     refuse_optimized,
 )
+from kvray.cluster.draining import Drain, Drained
 from kvray.cluster.placement import actor_names, gather, make_directory, sweep
 from kvray.cluster.status import (
     ClusterStatus,
@@ -44,6 +46,7 @@ from kvray.errors import ConfigError, NodeLostError
 __all__ = [
     "Cluster",
     "ClusterStatus",
+    "Drained",
     "Location",
     "NodeState",
     "NodeStatus",
@@ -138,7 +141,13 @@ class Cluster:
             term=seen["term"],
             roster_version=seen["roster_version"],
             nodes=tuple(
-                node_status(node_id, alive.get(node_id), listed.get(node_id), answers.get(node_id))
+                node_status(
+                    node_id,
+                    alive.get(node_id),
+                    listed.get(node_id),
+                    answers.get(node_id),
+                    is_retired=node_id in seen["retired"],
+                )
                 for node_id in sorted({*alive, *listed})
             ),
         )
@@ -179,6 +188,41 @@ class Cluster:
         """
         self._await_nodes(node_count, deadline_s, progress, insists=node_count is None)
 
+    def drain(self, node_id: str, progress: Say | None = None) -> Drained:
+        """Let the other nodes take over what only this one has, then end its NodeStore. Its
+        engines go on uncached, and it gets no NodeStore again until the next start().
+
+        Takes as long as its blocks take on the wire. What finds no free room elsewhere is lost, and
+        counted in the answer. May be repeated, if it broke off. Raises NodeLostError if the node
+        or the directory does not answer.
+        """
+        nodes = {node.node_id: node for node in self.nodes()}
+        stores = self._node_stores(list(nodes))
+        if node_id not in stores:
+            raise NodeLostError(
+                f"node {node_id} is no node that serves; found {', '.join(nodes) or 'none'}"
+            )
+        leaving = stores.pop(node_id)
+        drain = Drain(
+            node_id,
+            nodes[node_id].epoch,
+            store=partial(self._ask_actor, leaving, f"the NodeStore of node {node_id}"),
+            directory=self._ask,
+            peers={
+                peer: (store, nodes[peer].slab_bytes - nodes[peer].used_bytes)
+                for peer, store in stores.items()
+                if not nodes[peer].details.get("is_draining")
+            },
+            progress=progress,
+        )
+        drained = drain.run()
+        settings = self._origin().config.to_dict()
+        self._ask("retire", node_id)
+        left = self._end_stores({node_id: leaving}, settings, STOP_DEADLINE_S)
+        if left:
+            raise NodeLostError(f"node {node_id} was drained, but is left: {', '.join(left)}")
+        return drained
+
     def stop(self, deadline_s: float = STOP_DEADLINE_S) -> None:
         """End kvray on this Ray cluster: no actor, no slab, no socket is left. Ray goes on.
 
@@ -191,17 +235,9 @@ class Cluster:
         with contextlib.suppress(NodeLostError):
             settings = self._origin().config.to_dict()
             self._ask("stop_supervising", deadline_s=min(CALL_DEADLINE_S, deadline_s))
-        stores = self._node_stores()
-        answers = gather(
-            {node_id: store.stop.remote() for node_id, store in stores.items()}, deadline_s
-        )
-        for store in stores.values():
-            ray.kill(store, no_restart=True)
+        left = self._end_stores(self._node_stores(), settings, deadline_s)
         with contextlib.suppress(ValueError):
             ray.kill(self._find_directory(), no_restart=True)
-        left = [path for paths in answers.values() for path in paths or ()]
-        silent = [node_id for node_id in stores if answers[node_id] is None]
-        left += sweep(settings, silent, SWEEP_DEADLINE_S)
         left += self._names_left()
         if left:
             raise NodeLostError(
@@ -216,14 +252,42 @@ class Cluster:
         return _Origin(starter, Config.parse(settings))
 
     def _ask(self, method: str, *args: object, deadline_s: float = CALL_DEADLINE_S) -> Any:  # noqa: ANN401
+        whom = f"the directory of kvray cluster {self.name!r}"
+        return self._ask_actor(self._directory, whom, method, *args, deadline_s=deadline_s)
+
+    def _ask_actor(
+        self,
+        actor: Any,  # noqa: ANN401
+        whom: str,
+        method: str,
+        *args: object,
+        deadline_s: float = CALL_DEADLINE_S,
+    ) -> Any:  # noqa: ANN401
         try:
-            return ray.get(getattr(self._directory, method).remote(*args), timeout=deadline_s)
+            return ray.get(getattr(actor, method).remote(*args), timeout=deadline_s)
         except (RayActorError, GetTimeoutError) as exc:
             raise NodeLostError(
-                f"the directory of kvray cluster {self.name!r} does not answer: "
-                f"{_last_line(exc)}. Ray restarts it if it has died; kvray.start() starts it if "
-                "it was stopped"
+                f"{whom} does not answer: {_last_line(exc)}. Ray restarts it if it has died; "
+                "kvray.start() starts it if it was stopped"
             ) from exc
+
+    def _end_stores(
+        self,
+        stores: Mapping[str, Any],
+        settings: dict[str, object],
+        deadline_s: float,
+    ) -> list[str]:
+        """Stop NodeStores, kill their actors, and clean up after those that say nothing. Returns
+        what is left.
+        """
+        answers = gather(
+            {node_id: store.stop.remote() for node_id, store in stores.items()}, deadline_s
+        )
+        for store in stores.values():
+            ray.kill(store, no_restart=True)
+        left = [path for paths in answers.values() for path in paths or ()]
+        silent = [node_id for node_id in stores if answers[node_id] is None]
+        return left + sweep(settings, silent, SWEEP_DEADLINE_S)
 
     def _find_directory(self) -> Any:  # noqa: ANN401
         """Raises ValueError if there is none."""

@@ -56,7 +56,8 @@ def make_directory(config: Config, starter: str) -> Any:  # noqa: ANN401 (Ray's 
         for node_id, node in alive_nodes().items()
         if "node:__internal_head__" in node["Resources"]
     ]
-    strategy = NodeAffinitySchedulingStrategy(heads[0], soft=True) if heads else "DEFAULT"
+    # Not soft: Ray then takes another node now and then, whose death would end the directory too.
+    strategy = NodeAffinitySchedulingStrategy(heads[0], soft=False) if heads else "DEFAULT"
     return (
         ray.remote(Directory)
         .options(

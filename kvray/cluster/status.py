@@ -17,6 +17,7 @@ class NodeState(StrEnum):
     """How a node of the cluster is.
 
     STARTING ──▶ READY ◀──heartbeats──▶ SUSPECT ──▶ LOST
+        │          └──drain──▶ DRAINED (has no NodeStore any more)
         └──────▶ FAILED (can not start; tries again)
     """
 
@@ -25,6 +26,7 @@ class NodeState(StrEnum):
     SUSPECT = "suspect"
     LOST = "lost"
     FAILED = "failed"
+    DRAINED = "drained"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +103,17 @@ def node_status(
     host: str | None,
     listed: Mapping[str, Any] | None,
     answer: Mapping[str, Any] | None,
+    *,
+    is_retired: bool,
 ) -> NodeStatus:
     """host: None if Ray says the node is gone. listed: what the directory says of it. answer: what
-    it says of itself.
+    it says of itself. is_retired: it was drained.
     """
     own: Mapping[str, Any] = answer or {}
     problem = own.get("problem") or {}
     return NodeStatus(
         node_id=node_id,
-        state=_judge(host, listed, answer),
+        state=NodeState.DRAINED if is_retired else _judge(host, listed, answer),
         host=host or "",
         epoch=(listed or {}).get("epoch", 0),
         slab_bytes=own.get("slab_bytes", 0),

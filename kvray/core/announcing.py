@@ -1,29 +1,30 @@
 """What the directory is told, and what it says of others. One call at a time.
 
-    GREETING ──hello accepted──▶ JOINED ──unknown, another term──▶ GREETING
-       ▲  └──a greater epoch is wanted──▶ RENAMING ◀──buried──┘
-       └───────────── renamed ───────────────┘
+    LINKING ──the link is open──▶ GREETING ──hello accepted──▶ JOINED
+      ▲ └◀──a greater epoch is wanted──┘ ▲ └─unknown, another term─┘ │
+      └──────────────── buried ──────────┼───────────────────────────┘
 
-After each hello the whole set is sent in parts, and replaces what the directory has; changes come
-after it. A call that is not answered in time is made again, word for word: its number tells the
-directory that it is the same, and an answer to either of the two is an answer. So nothing that
-has been drained from the store is lost, whatever happens to a call.
+When the directory asks for it, as it does some time after a hello, the whole set is sent in parts,
+and replaces what the directory has; changes come after it. A call that is not answered in time is
+made again, word for word: its number tells the directory that it is the same, and an answer to
+either of the two is an answer. So nothing that has been drained from the store is lost, whatever
+happens to a call.
 
 Locates are not made here: they do not wait for one another.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from kvray.core.codec import EntryRow, pack_entries, pack_keys
-from kvray.core.commands import CallDirectory, Log, NewEpoch
+from kvray.core.codec import EntryRow, pack_entries, pack_keys, unpack_keys
+from kvray.core.commands import CallDirectory, Log, TakeEpoch
 from kvray.core.effects import Place
 from kvray.core.ids import Epoch, NodeId, Term
 from kvray.core.layout import FORMAT_VERSION
 from kvray.core.messages import (
+    MAX_DOUBTFUL_KEYS,
     Announce,
     AnnounceReply,
     AnnounceStatus,
@@ -31,9 +32,10 @@ from kvray.core.messages import (
     NodeHelloReply,
     NodeInfo,
 )
+from kvray.core.slots import Block
 from kvray.core.store import StoreCore
 
-AnnouncingCommand = CallDirectory | NewEpoch | Log
+AnnouncingCommand = CallDirectory | TakeEpoch | Log
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +47,10 @@ class AnnouncingLimits:
     max_entries: int = 2_048
     # From a change to its announce: a prefill commits its blocks within a few ms, in one call then.
     debounce_ms: int = 5
-    first_period_ms: int = 200  # until the directory has said how often
-    # A call is made again after so long; the directory buries after 2,500 ms of silence.
-    call_timeout_ms: int = 500
+    first_period_ms: int = 300  # until the directory has said how often
+    # A call is made again after so long, or after one and a half periods: the directory buries
+    # after five periods of silence, at least 1,500 ms.
+    call_timeout_ms: int = 400
     # After a failed call, growing to the second: a directory that Ray restarts needs 1 to 3 s.
     first_retry_ms: int = 100
     last_retry_ms: int = 1_000
@@ -60,9 +63,9 @@ class AnnouncingLimits:
 class AnnouncingState(Enum):
     """See the picture in the module's docstring."""
 
+    LINKING = "linking"  # no link of this epoch: nobody could read from this node
     GREETING = "greeting"
     JOINED = "joined"
-    RENAMING = "renaming"
 
 
 class Announcing:
@@ -82,7 +85,7 @@ class Announcing:
         wall_clock_offset_ms: add it to now_ms and it is the time of day.
         """
         self.info = info
-        self.state = AnnouncingState.GREETING
+        self.state = AnnouncingState.LINKING
         self.term = Term(0)
         self.roster: dict[NodeId, NodeInfo] = {}  # without this node
         self.roster_changed = False  # the caller sets it back
@@ -94,7 +97,7 @@ class Announcing:
         self._roster_version = 0
         self._period_ms = self._limits.first_period_ms
         self._sequence = 0  # of the last announce of this epoch
-        self._set: list[Place] | None = None  # the whole set, while it is sent
+        self._set: list[Block] | None = None  # the whole set, while it is sent
         self._set_sent = 0
         self._part = 0
         self._said: NodeHello | Announce | None = None  # not answered yet
@@ -106,7 +109,16 @@ class Announcing:
         self._heard_ms = now_ms
         self._was_heard = False
         self.counters = dict.fromkeys(
-            ("announces", "announced_adds", "announced_removes", "resyncs", "repeated_calls"), 0
+            (
+                "announces",
+                "announced_adds",
+                "announced_removes",
+                "resyncs",
+                "repeated_calls",
+                "read_by_peers",
+                "spared",
+            ),
+            0,
         )
 
     def is_reachable(self, now_ms: int) -> bool:
@@ -114,8 +126,8 @@ class Announcing:
         return self.state is AnnouncingState.JOINED and now_ms < self._silent_at_ms()
 
     def next_deadline_ms(self) -> int | None:
-        """When on_tick has something to do. None while RENAMING."""
-        if self.state is AnnouncingState.RENAMING:
+        """When on_tick has something to do. None while LINKING."""
+        if self.state is AnnouncingState.LINKING:
             return None
         due_ms = self._again_ms if self._said is not None else self._next_ms
         return min(due_ms, self._silent_at_ms()) if self._was_heard else due_ms
@@ -134,7 +146,7 @@ class Announcing:
             self._was_heard = False
             silent_ms = now_ms - self._heard_ms
             commands.append(Log(f"the directory has been silent for {silent_ms} ms", warning=True))
-        if self.state is AnnouncingState.RENAMING:
+        if self.state is AnnouncingState.LINKING:
             return commands
         if self._said is not None:
             if now_ms >= self._again_ms:
@@ -170,9 +182,9 @@ class Announcing:
             self._again_ms = min(self._again_ms, now_ms + self._retry_ms)
             self._retry_ms = min(2 * self._retry_ms, self._limits.last_retry_ms)
 
-    def on_renamed(self, info: NodeInfo, now_ms: int) -> None:
-        """The shell has done what NewEpoch says."""
-        assert self.state is AnnouncingState.RENAMING
+    def on_linked(self, info: NodeInfo, now_ms: int) -> None:
+        """The shell has done what TakeEpoch says. info: with the epoch and the new link."""
+        assert self.state is AnnouncingState.LINKING
         assert info.epoch >= self.info.epoch
         self.info = info
         self.state = AnnouncingState.GREETING
@@ -187,7 +199,7 @@ class Announcing:
         call_id = next(self._call_ids)
         self._said_ids.append(call_id)
         del self._said_ids[: -self._limits.max_call_ids]
-        timeout_ms = max(self._limits.call_timeout_ms, 2 * self._period_ms)
+        timeout_ms = max(self._limits.call_timeout_ms, 3 * self._period_ms // 2)
         self._again_ms = now_ms + timeout_ms
         return CallDirectory(call_id, self._said, timeout_ms)
 
@@ -207,19 +219,20 @@ class Announcing:
             self._next_ms = now_ms  # there may be more
         return self._announce(pack_entries(map(_entry, adds)), pack_keys(removes))
 
-    def _next_part(self, entries: list[Place], now_ms: int) -> Announce:
-        """A part of the whole set, as it was when the resync began: what has changed since then is
-        told after the last part, and so counts more.
+    def _next_part(self, blocks: list[Block], now_ms: int) -> Announce:
+        """A part of the whole set: of what was there when the resync began, what still is. What has
+        changed since then is told after the last part, and so counts more.
         """
         start = self._set_sent
         self._set_sent = stop = start + self._limits.max_entries
         self._part += 1
-        is_last = stop >= len(entries)
+        is_last = stop >= len(blocks)
         if is_last:
             self._set = None
             self.counters["resyncs"] += 1
         self._next_ms = now_ms
-        adds = pack_entries(map(_entry, entries[start:stop]))
+        places = self._store.list_ready(blocks[start:stop])
+        adds = pack_entries(map(_entry, places))
         return self._announce(adds, b"", part=self._part, is_last=is_last)
 
     def _announce(
@@ -235,6 +248,7 @@ class Announcing:
             removes,
             part,
             is_last,
+            doubtful=b"" if part else pack_keys(self._store.take_doubtful(MAX_DOUBTFUL_KEYS)),
         )
 
     # -- what is heard ---------------------------------------------------------------------------
@@ -248,7 +262,9 @@ class Announcing:
         self.state = AnnouncingState.JOINED
         self._was_heard = True
         self._take_roster(reply.roster, reply.roster_version)
-        self._begin_resync(now_ms)
+        # Whatever is READY will be asked for.
+        self._store.forget_changes()
+        self._next_ms = now_ms
         text = f"joined the directory (term {self.term}) as epoch {self.info.epoch}"
         return [Log(f"{text}, {len(self.roster)} peers")]
 
@@ -279,22 +295,27 @@ class Announcing:
             self._take_roster(reply.roster, reply.roster_version)
         if reply.status is AnnounceStatus.RESYNC:
             self._begin_resync(now_ms)
+        self._take_hints(reply, now_ms)
         return commands
 
+    def _take_hints(self, reply: AnnounceReply, now_ms: int) -> None:
+        """Spares first: what peers want now is none."""
+        spare, read = unpack_keys(reply.spare), unpack_keys(reply.read)
+        self.counters["spared"] += len(spare)
+        self.counters["read_by_peers"] += len(read)
+        self._store.spare(spare)
+        self._store.read(read, now_ms)
+
     def _begin_resync(self, now_ms: int) -> None:
-        """The set stands for every change up to now. They are drained, since an add that has not
-        been announced would cancel with its remove, and the directory would keep it from the set.
-        """
-        self._store.drain_changes(sys.maxsize)
-        self._set = list(self._store.entries())
+        self._set = self._store.begin_listing()
         self._set_sent = self._part = 0
         self._next_ms = now_ms
 
     def _rename(self, epoch: Epoch, reason: Log) -> list[AnnouncingCommand]:
-        self.state = AnnouncingState.RENAMING
+        self.state = AnnouncingState.LINKING
         self._set = None
         self._take_roster([], 0)
-        return [reason, Log(f"epoch {self.info.epoch} becomes {epoch}"), NewEpoch(epoch)]
+        return [reason, Log(f"epoch {self.info.epoch} becomes {epoch}"), TakeEpoch(epoch)]
 
     def _take_roster(self, roster: list[NodeInfo], version: int) -> None:
         """Nodes of another format can not be read from, and are left out."""
@@ -332,7 +353,7 @@ class Announcing:
         assert self._set is None or is_joined, "a resync of nobody"
         assert is_joined or not isinstance(self._said, Announce)
         assert self.info.node_id not in self.roster
-        if self.state is AnnouncingState.RENAMING:
+        if self.state is AnnouncingState.LINKING:
             assert self._said is None
             assert not self.roster
 

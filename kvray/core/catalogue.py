@@ -1,4 +1,4 @@
-"""Catalogue: which blocks are where, in 65 to 90 bytes for one key at one node.
+"""Catalogue: which blocks are where, in 58 to 77 bytes for one key at one node.
 
     listing    one set of entries of one (node, epoch). A node has one that is shown, and a second,
                hidden one while a resync collects the set that will replace it.
@@ -12,6 +12,7 @@
 
 Why not a dict: 16 bytes of key and one small int cost 140 to 190 bytes as Python objects, and a
 locate of 4,096 keys touches each of them. Here a batch is a few dozen numpy calls.
+Whole rows are read with take and compress: indexing rows of a struct costs ten times as much.
 
 Why a row names its listing, and a listing does not name its rows: what a node has must go at once
 when it is buried, comes back with a new epoch or has sent its set again, and that is one byte in
@@ -66,6 +67,9 @@ class Standing(IntEnum):
     DROPPED = 2
     LAST = 3  # of a suspect
     SHOWN = 4
+
+
+_LAST = int(Standing.LAST)  # numpy compares with a plain number much faster
 
 
 class Catalogue:
@@ -144,9 +148,9 @@ class Catalogue:
         rows = self._find(listing, low, high)
         known = rows > 0
         if not keep and known.any():
-            self._overwrite(listing, rows[known], entries[known])
+            self._overwrite(listing, rows[known], entries.compress(known))
             self._note_swept(listing)
-        return self._enter(listing, entries[~known], low[~known], high[~known])
+        return self._enter(listing, entries.compress(~known), low[~known], high[~known])
 
     def remove(self, listing: Listing, keys: bytes) -> int:
         """Take keys out; one that is not there is no error.
@@ -174,20 +178,24 @@ class Catalogue:
         """
         low, high = _halves(keys)
         rows = self._heads.find(_key_hash(low, high), self._same_key(low, high))
-        at = np.flatnonzero(rows)
+        at = rows.nonzero()[0]
         rows = rows[at]
         taken: U32 = np.zeros(len(low), np.uint32)
         found: list[tuple[Indices, Rows, Bools]] = []
         while rows.size:
-            content: Rows = self._rows.data[rows]
-            standing = self._standing[content["listing"]]
-            good = (standing >= Standing.LAST) & (content["bytes"] > 0)
+            content = self._rows.data.take(rows)
+            listings = content["listing"]
+            standing = self._standing[listings]
+            shown = (standing >= _LAST) & (content["bytes"] > 0)
             if without is not None:
-                good &= content["listing"] != without
-            last = standing[good] == Standing.LAST
-            found.append((at[good], content[good], last))
-            taken[at[good][~last]] += 1  # a key is in `at` once: none is counted twice
+                shown &= listings != without
+            good = shown.nonzero()[0]
+            last = standing[good] == _LAST
+            found.append((at[good], content.take(good), last))
             rows = content["next"]
+            if not rows.any():
+                break
+            taken[at[good[~last]]] += 1  # a key is in `at` once: none is counted twice
             go_on = (rows > 0) & (taken[at] < limit)
             at, rows = at[go_on], rows[go_on]
         return _first_of_each(found, limit)
@@ -283,7 +291,7 @@ class Catalogue:
     def _take_out(self, listing: Listing, rows: U32) -> None:
         """Unlink and free rows of one listing, all different."""
         data = self._rows.data
-        content = data[rows]
+        content = data.take(rows)
         before, after = content["prev"], content["next"]
         # Row 0 takes what is written beyond the ends of chains, and is cleared again.
         data["next"][before] = after
@@ -309,17 +317,20 @@ class Catalogue:
             self._unswept.remove(listing)
 
     def _make_room(self, count: int) -> None:
-        """In both indexes."""
+        """In both indexes. A few thousand rows at a time: more would be out of the CPU's caches
+        between one numpy call and the next, and their temporary copies would be gigabytes.
+        """
         if not self._pairs.has_room(count):
-            rows = self._rows.used()
-            row = self._rows.data[rows]
-            hashes = _pair_hash(row["low"], row["high"], row["listing"])
-            self._pairs.rebuild(hashes, rows, room_for=count)
+            self._pairs.start_again(len(self._rows) + count)
+            for rows, content in self._rows.pieces():
+                hashes = _pair_hash(content["low"], content["high"], content["listing"])
+                self._pairs.put(hashes, rows)
         if not self._heads.has_room(count):
-            rows = self._rows.used()
-            rows = rows[self._rows.data["prev"][rows] == 0]
-            row = self._rows.data[rows]
-            self._heads.rebuild(_key_hash(row["low"], row["high"]), rows, room_for=count)
+            self._heads.start_again(len(self._heads) + count)
+            for every_row, every_content in self._rows.pieces():
+                first = np.flatnonzero(every_content["prev"] == 0)
+                rows, content = every_row[first], every_content.take(first)
+                self._heads.put(_key_hash(content["low"], content["high"]), rows)
 
     # -- for people and tests --------------------------------------------------------------------
 
@@ -343,7 +354,7 @@ class Catalogue:
 
         following = content["next"]
         has_next = following > 0
-        after = self._rows.data[following[has_next]]
+        after = self._rows.data.take(following[has_next])
         assert np.array_equal(after["prev"], used[has_next]), "a chain is broken"
         for half in ("low", "high"):
             assert np.array_equal(after[half], content[half][has_next]), "a chain of two keys"
@@ -362,8 +373,11 @@ class Catalogue:
     def _check_listings(self, content: Rows) -> None:
         taken = np.flatnonzero(self._standing).tolist()
         free = np.array(self._free_listings, np.intp)
-        assert not self._standing[free].any(), "a free listing has a standing"
-        assert len(np.unique(free)) == len(free) == MAX_LISTINGS - len(taken), "a lost listing"
+        is_free = np.zeros(MAX_LISTINGS + 1, np.bool_)
+        is_free[free] = True
+        assert not self._standing[is_free].any(), "a free listing has a standing"
+        free_count = np.count_nonzero(is_free)
+        assert free_count == len(free) == MAX_LISTINGS - len(taken), "a lost listing"
         assert sum(self._row_counts) == len(content), "rows of a free listing"
         unswept = set()
         for number in taken:
@@ -412,8 +426,8 @@ def _first_of_each(found: list[tuple[Indices, Rows, Bools]], limit: int) -> tupl
         return np.zeros(0, np.intp), np.zeros(0, ROW_DTYPE)
     at, rows, last = (np.concatenate(column) for column in zip(*found, strict=True))
     order = np.argsort(at * 2 + last, kind="stable")
-    at, rows = at[order], rows[order]
+    at, rows = at[order], rows.take(order)
     starts = np.flatnonzero(np.diff(at, prepend=-1))
     rank = np.arange(len(at)) - np.repeat(starts, np.diff(starts, append=len(at)))
     first = rank < limit
-    return at[first], rows[first]
+    return at[first], rows.compress(first)

@@ -50,6 +50,13 @@ class Changes:
             self._replacing.discard(place.key)
         return adds, removes
 
+    def is_add(self, key: BlockKey) -> bool:
+        return key in self._adds
+
+    def forget(self) -> None:
+        """The directory is about to hear of everything that is READY now."""
+        self._adds, self._removes, self._replacing = {}, {}, set()
+
     def check(self, ready: Collection[BlockKey]) -> None:
         """Assert that adds are READY and removes are not."""
         assert all(key in ready for key in self._adds), "an add that is not READY"

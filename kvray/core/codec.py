@@ -106,6 +106,11 @@ def unpack_keys(packed: bytes) -> list[BlockKey]:
     return keys
 
 
+def pack_slot(slot: int, generation: int, offset: int) -> bytes:
+    """One SLOT_DTYPE row."""
+    return _SLOT.pack(slot, generation, offset)
+
+
 def pack_slots(rows: Iterable[SlotRow]) -> bytes:
     """SLOT_DTYPE rows out of (slot, generation, offset)."""
     return b"".join(starmap(_SLOT.pack, rows))

@@ -12,8 +12,9 @@ shell's; every decision about them is the core's.
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -21,7 +22,7 @@ from kvray.core.effects import Effect, Place
 from kvray.core.ids import BlockKey, ClientId, Epoch, NodeId, OpId, ReadId, Role
 from kvray.core.messages import Announce, LocalAnswer, Locate, NodeHello, NodeInfo
 
-Waiter = tuple[ClientId, OpId]  # a Lookup of a client
+Waiter = tuple[ClientId | Literal["node"], OpId]  # a Lookup of a client; the node itself
 Offsets = npt.NDArray[np.uint64]  # in bytes, from the start of a slab
 Headers = npt.NDArray[Any]  # SLOT_HEADER_DTYPE rows
 NO_OFFSETS: Offsets = np.empty(0, np.uint64)
@@ -41,6 +42,7 @@ class MissReason(Enum):
     OTHER_SIZE = "other_size"  # listed with other bytes than wanted
     WRITER_FAILED = "writer_failed"  # the local engine that was writing it gave up
     LOCAL_ONLY = "local_only"  # the lookup did not want a fetch
+    BELOW_BREAK_EVEN = "below_break_even"  # computing it is quicker: too short, too slow a link
 
 
 class ReadKind(Enum):
@@ -100,6 +102,16 @@ class Arrived:
 
 
 @dataclass(frozen=True, slots=True)
+class Coming:
+    """Blocks for this waiter will be READY in these slots, or not come from there at all. May be
+    said again of a key, with another slot. Arrived or Missed follows for each.
+    """
+
+    waiter: Waiter
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Missed:
     """These keys do not come for this waiter."""
 
@@ -153,6 +165,7 @@ FetchCommand = (
     | CommitTargets
     | ReleaseTargets
     | QuarantineTargets
+    | Coming
     | Arrived
     | Missed
     | PeerFailed
@@ -176,8 +189,7 @@ class WriteClient:
     engine_nonce: int
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(msgspec.Struct, frozen=True):
     """with_fd: the slab's file descriptor goes with it (HelloReply)."""
 
     session_id: int
@@ -232,12 +244,21 @@ class DisconnectPeer:
 
 
 @dataclass(frozen=True, slots=True)
-class NewEpoch:
-    """Take this epoch: write it into the slab's page, give the link a new agent named after it,
-    then call on_renamed with the NodeInfo that says so. ConnectPeer follows for every peer.
+class TakeEpoch:
+    """Take this epoch, the one from the start or a greater one: write it into the slab's page, open
+    a link that is named after it, then call on_linked with the NodeInfo that says so. Engines are
+    served meanwhile. ConnectPeer follows for every peer.
     """
 
     epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class TookOver:
+    """The end of NodeCore.take_over: these of its keys are READY here, and stay as long as any."""
+
+    call_id: int
+    keys: tuple[BlockKey, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,9 +287,10 @@ NodeCommand = (
     | CallDirectory
     | ConnectPeer
     | DisconnectPeer
-    | NewEpoch
+    | TakeEpoch
     | PostRead
     | AbandonRead
+    | TookOver
     | Log
     | Restart
 )

@@ -1,11 +1,15 @@
 """FetchCore: getting blocks from peers, each step with a deadline.
 
-    want ─▶ LOCATING ─found─▶ QUEUED ─its turn─▶ RESERVING ─slot─▶ READING ─came─▶ VERIFYING
-               │                │ ▲                  │                │               │
-               │                │ └──── next source ─┼────────────────┴───────────────┤
-               │                │                    │                        header fits
-               └─ nobody has it, no source left, ────┴─▶ MISSED             ARRIVED ◀─┘
-                  no slot, nobody wants it any more
+    want ─▶ LOCATING ─found─▶ QUEUED ─▶ RESERVING ─slot─▶ RESERVED ─▶ READING ─came─▶ VERIFYING
+               │                │ ▲         │                │           │                │
+               │                │ └─────────┼── next source ─┴───────────┴────────────────┤
+               │                │           │                                     header fits
+               └─ nobody has it, no source ─┴─▶ MISSED                          ARRIVED ◀─┘
+                  left, no slot, nobody wants it any more
+
+Whoever waits is told the slot when the block is RESERVED, before it is read, so that it can begin
+with what has arrived while the rest is on its way. A block that is asked of the next source gets
+another slot, which is told again.
 
 A block is fetched once, however many wait for it. Payload and headers are two reads, the second
 posted when the first has ended (rule 2); only a block whose header then names key, generation,
@@ -19,6 +23,7 @@ block is read is core.planner's to say.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from kvray.core.break_even import ALWAYS, Worth, chain_pays, source_pays
 from kvray.core.commands import (
     CommitTargets,
     FetchCommand,
@@ -44,7 +49,11 @@ __all__ = ["FetchCore", "FetchLimits", "FetchState", "Source"]
 MAX_SOURCES_TRIED = 4  # of one block: more than one deadline has time for
 
 # Nothing has been asked of a peer yet: such a block is dropped when nobody waits for it any more.
-_UNASKED = frozenset({FetchState.LOCATING, FetchState.QUEUED, FetchState.RESERVING})
+_UNASKED = frozenset(
+    {FetchState.LOCATING, FetchState.QUEUED, FetchState.RESERVING, FetchState.RESERVED}
+)
+
+_PLACED = frozenset({FetchState.RESERVED, FetchState.READING, FetchState.VERIFYING})
 
 
 class FetchCore:
@@ -53,7 +62,7 @@ class FetchCore:
     what a miss has made worthless, and nothing is reserved for that.
 
     Every key of a waiter is named in exactly one Arrived or Missed, at its deadline at the latest
-    (on_tick), unless the waiter has forgotten it.
+    (on_tick), unless the waiter has forgotten it. Before that it may be named in Coming.
     """
 
     def __init__(self, limits: FetchLimits | None = None) -> None:
@@ -76,6 +85,13 @@ class FetchCore:
         """As many abandoned reads as there may be have not ended: nothing is fetched."""
         return self._reads.is_clogged
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether any block is under way, or a slot of one that was forgotten is to be given back;
+        if not, there is nothing for `advance` to do.
+        """
+        return bool(self._fetches or self._commands)
+
     def __contains__(self, key: object) -> bool:
         """Whether this block is being fetched."""
         return key in self._fetches
@@ -90,8 +106,19 @@ class FetchCore:
 
     # -- waiters ---------------------------------------------------------------------------------
 
+    def pays(self, wanted_bytes: int, worth: Worth, now_ms: int) -> bool:
+        """Whether blocks of so many bytes in all are worth a want; see core.break_even."""
+        rates = (peer.rate.bytes_per_ms(now_ms) for peer in self._peers.values())
+        overhead_ms = self._locates.overhead.mean_ms + self._reads.headers_overhead.mean_ms
+        return chain_pays(wanted_bytes, worth, rates, overhead_ms=overhead_ms)
+
     def want(
-        self, waiter: Waiter, wants: Iterable[tuple[BlockKey, int]], *, deadline_ms: int
+        self,
+        waiter: Waiter,
+        wants: Iterable[tuple[BlockKey, int]],
+        *,
+        worth: Worth = ALWAYS,
+        deadline_ms: int,
     ) -> list[FetchCommand]:
         """Fetch these (key, payload bytes), no key twice, until deadline_ms (absolute).
 
@@ -105,12 +132,16 @@ class FetchCore:
                 if full or len(self._fetches) >= self._limits.max_fetches:
                     self._waits.tell_missed(waiter, key, MissReason.OVERLOADED)
                     continue
-                self._fetches[key] = fetch = Fetch(key, want_bytes)
+                self._fetches[key] = fetch = Fetch(key, want_bytes, worth=worth)
                 self._locates.add(fetch)
             elif fetch.bytes != want_bytes:
                 self._waits.tell_missed(waiter, key, MissReason.OTHER_SIZE)
                 continue
+            else:
+                fetch.worth = fetch.worth.or_more(worth)
             self._waits.join(waiter, key, deadline_ms)
+            if fetch.target is not None:
+                self._waits.tell_coming(waiter, fetch.target)
         return self._take()
 
     def forget(self, waiter: Waiter, keys: Iterable[BlockKey] | None = None) -> None:
@@ -133,14 +164,17 @@ class FetchCore:
 
     # -- what the steps report -------------------------------------------------------------------
 
-    def on_located(self, locate_id: int, found: Sequence[Sequence[Source]]) -> list[FetchCommand]:
+    def on_located(
+        self, locate_id: int, found: Sequence[Sequence[Source]], *, now_ms: int
+    ) -> list[FetchCommand]:
         """found: for each key of the AskDirectory its sources, preferred ones first. An answer
         that comes after its deadline is ignored.
         """
-        fetches = self._locates.take(locate_id)
+        fetches = self._locates.take_answered(locate_id, now_ms)
+        rates = {peer: peer.rate.bytes_per_ms(now_ms) for peer in self._peers.values()}
         for fetch, sources in zip(fetches, found if fetches else (), strict=True):
             if fetch.state is FetchState.LOCATING:
-                fetch.sources, fetch.reason = self._believable(fetch, sources)
+                fetch.sources, fetch.reason = self._believable(fetch, sources, rates)
                 self._queue(fetch)
         return self._take()
 
@@ -149,11 +183,9 @@ class FetchCore:
         self._fail_locate(self._locates.take(locate_id))
         return self._take()
 
-    def on_reserved(
-        self, batch_id: int, targets: Sequence[Place | Grant], *, now_ms: int
-    ) -> list[FetchCommand]:
+    def on_reserved(self, batch_id: int, targets: Sequence[Place | Grant]) -> list[FetchCommand]:
         """targets: what StoreCore.reserve has answered, one a want of the ReserveTargets."""
-        peer, fetches = self._reads.take_reserved(batch_id)
+        peer, fetches = self._turns.take_reserving(batch_id)
         is_lost = self._peers.get(peer.node_id) is not peer
         batch: list[Fetch] = []
         spare: list[Place] = []
@@ -167,12 +199,13 @@ class FetchCore:
                 spare.append(target)
                 self._try_next(fetch, MissReason.PEER_FAILED)
             else:
-                fetch.state, fetch.target = FetchState.READING, target
+                fetch.target = target
                 batch.append(fetch)
+                self._waits.come(target)
         if spare:
             self._commands.append(ReleaseTargets(tuple(spare)))
         if batch:
-            self._commands.append(self._reads.post_payload(peer, batch, now_ms=now_ms))
+            self._turns.line_up(peer, batch)
         return self._take()
 
     def on_read_done(self, read_id: ReadId, *, ok: bool, now_ms: int) -> list[FetchCommand]:
@@ -182,7 +215,7 @@ class FetchCore:
         if (freed := self._reads.end_abandoned(read_id)) is not None:
             self._commands.extend(freed)
             return self._take()
-        read = self._reads.end(read_id, now_ms=now_ms)
+        read = self._reads.end(read_id, came=ok, now_ms=now_ms)
         if ok:
             assert read.kind is ReadKind.PAYLOAD, "headers that have come are for on_headers"
             for fetch in read.fetches:
@@ -198,7 +231,7 @@ class FetchCore:
         """headers: SLOT_HEADER_DTYPE rows, one for each piece of the read."""
         if self._reads.end_abandoned(read_id) is not None:
             return self._take()
-        read = self._reads.end(read_id, now_ms=now_ms)
+        read = self._reads.end(read_id, came=True, now_ms=now_ms)
         assert read.kind is ReadKind.HEADERS
         read.peer.succeed()
         proven: list[Fetch] = []
@@ -231,11 +264,11 @@ class FetchCore:
                 self._commands.extend(self._reads.abandon(read, now_ms=now_ms))
                 for fetch in read.fetches:
                     self._try_next(fetch, MissReason.PEER_FAILED)
-            for fetch in self._turns.take_all(peer):
+            for fetch in self._take_turns(peer):
                 self._try_next(fetch, MissReason.PEER_FAILED)
         for node_id, info in nodes.items():
             if node_id not in self._peers:
-                self._peers[node_id] = Peer(info)
+                self._peers[node_id] = Peer(info, rate_sample_bytes=self._limits.rate_sample_bytes)
         return self._take()
 
     def on_tick(self, now_ms: int) -> list[FetchCommand]:
@@ -269,18 +302,28 @@ class FetchCore:
                 for node_id, peer in self._peers.items()
                 if self._reads.may_ask(peer, now_ms)
             }
-            for fetch in self._turns.plan(peers):
+            for fetch in self._turns.plan(peers, now_ms):
                 self._end(fetch, MissReason.PEER_FAILED)
         if not self._waits.has_missed:
+            self._read(now_ms)
             self._reserve()
         return self._take()
 
+    def _read(self, now_ms: int) -> None:
+        """What has its slots and whose turn it is."""
+        for peer in self._turns.peers_in_line():
+            while self._turns.is_in_line(peer) and self._reads.has_room(peer):
+                if batch := self._turns.take_next(peer):
+                    for fetch in batch:
+                        fetch.state = FetchState.READING
+                    self._commands.append(self._reads.post_payload(peer, batch, now_ms=now_ms))
+
     def _reserve(self) -> None:
-        for peer in self._turns.waiting_peers():
-            while self._turns.is_waiting(peer) and self._reads.has_room(peer):
-                batch = self._turns.take_batch(peer)
+        for peer in self._turns.queued_peers():
+            while self._turns.may_reserve(peer, has_room=self._reads.has_room(peer)):
+                batch_id, batch = self._turns.reserve(peer)
                 wants = tuple((fetch.key, fetch.bytes) for fetch in batch)
-                self._commands.append(ReserveTargets(self._reads.reserve(peer, batch), wants))
+                self._commands.append(ReserveTargets(batch_id, wants))
 
     # -- ending steps ----------------------------------------------------------------------------
 
@@ -294,8 +337,15 @@ class FetchCore:
         peer = read.peer
         if avoid_ms := peer.fail(now_ms):
             self._commands.append(PeerFailed(peer.node_id, peer.epoch, avoid_ms, reason))
-        for fetch in (*read.fetches, *self._turns.take_all(peer)):
+        for fetch in (*read.fetches, *self._take_turns(peer)):
             self._try_next(fetch, MissReason.PEER_FAILED)
+
+    def _take_turns(self, peer: Peer) -> list[Fetch]:
+        """What waits for its turn at a peer that is not to be asked; its slots are given away."""
+        fetches = self._turns.take_all(peer)
+        if targets := targets_of(fetches):
+            self._commands.append(ReleaseTargets(targets))
+        return fetches
 
     def _try_next(self, fetch: Fetch, reason: MissReason) -> None:
         """The block does not come from the peer that was chosen; its target is given away."""
@@ -314,13 +364,15 @@ class FetchCore:
     def _end(self, fetch: Fetch, reason: MissReason | None) -> None:
         """The block's way ends here: ARRIVED if reason is None. All who wait for it are told.
 
-        A call to the directory and a reservation that it is part of find out by its state.
+        A call to the directory and a batch that it is part of find out by its state.
         """
         del self._fetches[fetch.key]
         if fetch.state is FetchState.LOCATING:
             self._locates.discard(fetch)
         self._turns.discard(fetch)
         settle(fetch)
+        if fetch.state is FetchState.RESERVED and fetch.target is not None:
+            self._commands.append(ReleaseTargets((fetch.target,)))
         if reason is None:
             fetch.state = FetchState.ARRIVED
             self._waits.arrive(fetch.key)
@@ -331,9 +383,9 @@ class FetchCore:
     # -- private ---------------------------------------------------------------------------------
 
     def _believable(
-        self, fetch: Fetch, sources: Sequence[Source]
+        self, fetch: Fetch, sources: Sequence[Source], rates: Mapping[Peer, float | None]
     ) -> tuple[list[Source], MissReason]:
-        """The sources that can be tried, one a peer; and the reason if there are none."""
+        """The sources that can be tried and pay, one a peer; and the reason if there are none."""
         reason = MissReason.STALE if sources else MissReason.NEVER_SEEN
         believable: dict[NodeId, Source] = {}
         for source in sources:
@@ -342,7 +394,11 @@ class FetchCore:
                 continue
             if source.bytes != fetch.bytes:
                 reason = MissReason.OTHER_SIZE
-            elif peer.can_hold(source):
+            elif not peer.can_hold(source):
+                continue
+            elif not source_pays(fetch.bytes, peer.outstanding_bytes, fetch.worth, rates[peer]):
+                reason = MissReason.BELOW_BREAK_EVEN
+            else:
                 believable.setdefault(source.node_id, source)
         return list(believable.values())[:MAX_SOURCES_TRIED], reason
 
@@ -358,6 +414,7 @@ class FetchCore:
         return {
             "blocks": {state.value: states.count(state) for state in FetchState if state in states},
             "waits": self._waits.snapshot(),
+            "turns": self._turns.snapshot(),
             "reads": self._reads.snapshot(),
             "locates": len(self._locates),
             "peers": {
@@ -366,6 +423,7 @@ class FetchCore:
                     "outstanding_bytes": peer.outstanding_bytes,
                     "abandoned_reads": self._reads.owed_by(peer),
                     "avoid_until_ms": peer.avoid_until_ms,
+                    "bytes_per_ms": peer.rate.last_known(),
                 }
                 for peer in self._peers.values()
             },
@@ -389,7 +447,7 @@ class FetchCore:
         for fetch in live:
             assert self._waits.is_wanted(fetch.key) or fetch.state not in _UNASKED, "for nobody"
             assert (fetch.peer is None) == (fetch.source is None)
-            has_target = fetch.state in (FetchState.READING, FetchState.VERIFYING)
+            has_target = fetch.state in _PLACED
             assert has_target == (fetch.target is not None)
             if fetch.peer in outstanding_bytes:
                 outstanding_bytes[fetch.peer] += fetch.bytes

@@ -12,6 +12,7 @@ from kvray.core.commands import (
     Arrived,
     AskDirectory,
     CallDirectory,
+    Coming,
     CommitTargets,
     FetchCommand,
     Headers,
@@ -24,11 +25,14 @@ from kvray.core.commands import (
     ReleaseTargets,
     ReserveTargets,
 )
+from kvray.core.effects import Place
 from kvray.core.fetch import FetchCore, Source
 from kvray.core.ids import BlockKey, NodeId, ReadId
 from kvray.core.lookups import Lookups
-from kvray.core.messages import Locate, LocateReply, NodeInfo
+from kvray.core.messages import Grant, Locate, LocateReply, NodeInfo
+from kvray.core.store import NODE
 from kvray.core.storing import Storing
+from kvray.core.takeover import TakeOvers
 
 # Calls to the directory that have not ended. FetchCore gives up on a locate after its deadline and
 # makes the next one, so these are more than it waits for; the oldest is forgotten then.
@@ -43,6 +47,7 @@ class Fetching:
         fetch: FetchCore,
         storing: Storing,
         lookups: Lookups,
+        takeovers: TakeOvers,
         *,
         asker: NodeInfo,
         call_ids: Iterator[int],
@@ -54,6 +59,7 @@ class Fetching:
         self._fetch = fetch
         self._storing = storing
         self._lookups = lookups
+        self._takeovers = takeovers
         self._call_ids = call_ids
         self._locate_timeout_ms = locate_timeout_ms
         self._out = out
@@ -63,6 +69,8 @@ class Fetching:
 
     def on_present(self, keys: Sequence[BlockKey], now_ms: int) -> None:
         """An engine has committed these."""
+        if not self._fetch.is_busy:
+            return
         self.do(self._fetch.on_present(keys), now_ms)
 
     def on_read_done(self, read_id: ReadId, *, ok: bool, now_ms: int) -> None:
@@ -95,7 +103,7 @@ class Fetching:
             if key_index < key_count:
                 source = Source(nodes[node], epochs[node], slot, generation, block_bytes)
                 found[key_index].append(source)
-        self.do(self._fetch.on_located(locate_id, found), now_ms)
+        self.do(self._fetch.on_located(locate_id, found, now_ms=now_ms), now_ms)
         return True
 
     # -- doing -----------------------------------------------------------------------------------
@@ -111,15 +119,13 @@ class Fetching:
             match command:
                 case PostRead() | AbandonRead():
                     self._out.append(command)
-                case Arrived():
-                    self._lookups.on_arrived(command, now_ms)
-                case Missed():
-                    self._lookups.on_missed(command)
+                case Coming() | Arrived() | Missed():
+                    self._tell(command, now_ms)
                 case AskDirectory():
                     self._out.append(self._call(command))
                 case ReserveTargets(batch_id, wants):
-                    targets = self._storing.reserve_targets(wants, now_ms)
-                    self.do(self._fetch.on_reserved(batch_id, targets, now_ms=now_ms), now_ms)
+                    targets = self._reserve(wants, now_ms)
+                    self.do(self._fetch.on_reserved(batch_id, targets), now_ms)
                 case CommitTargets(places):
                     self._storing.commit_targets(places, now_ms)
                 case ReleaseTargets(places):
@@ -129,6 +135,25 @@ class Fetching:
                 case PeerFailed(node_id, epoch, avoid_ms, reason):
                     text = f"{node_id} epoch {epoch}: {reason}; avoided for {avoid_ms} ms"
                     self._out.append(Log(text, warning=True))
+
+    def _tell(self, told: Coming | Arrived | Missed, now_ms: int) -> None:
+        """Take-overs load nothing, so they need not know what is coming."""
+        if told.waiter[0] == NODE:
+            if not isinstance(told, Coming):
+                self._takeovers.on_settled(told)
+        elif isinstance(told, Coming):
+            self._lookups.on_coming(told)
+        elif isinstance(told, Arrived):
+            self._lookups.on_arrived(told, now_ms)
+        else:
+            self._lookups.on_missed(told)
+
+    def _reserve(self, wants: Sequence[tuple[BlockKey, int]], now_ms: int) -> list[Grant | Place]:
+        """Nothing is evicted for what is taken over. Those come in batches of their own, mostly,
+        and a mixed batch is treated as one of them: its lookups have a miss more at worst.
+        """
+        evicts = not any(self._takeovers.wants(key) for key, _ in wants)
+        return self._storing.reserve_targets(wants, now_ms, evicts=evicts)
 
     def _call(self, ask: AskDirectory) -> CallDirectory:
         call_id = next(self._call_ids)

@@ -3,6 +3,7 @@
 add ─▶ waits for a call ─▶ asked ─▶ answered, failed or late
 """
 
+from kvray.core.break_even import Overhead
 from kvray.core.commands import AskDirectory
 from kvray.core.deadlines import Deadlines
 from kvray.core.ids import BlockKey
@@ -18,6 +19,8 @@ class Locates:
         self._limits = limits
         self._waiting: dict[BlockKey, Fetch] = {}
         self._asked: dict[int, list[Fetch]] = {}
+        self._asked_ms: dict[int, int] = {}  # since when; as _asked
+        self.overhead = Overhead()
         self._deadlines: Deadlines[int] = Deadlines()
         self._last_id = 0
 
@@ -40,13 +43,22 @@ class Locates:
             keys = tuple(self._waiting)[: self._limits.max_locate_keys]
             self._last_id += 1
             self._asked[self._last_id] = [self._waiting.pop(key) for key in keys]
+            self._asked_ms[self._last_id] = now_ms
             self._deadlines.set(self._last_id, now_ms + self._limits.locate_deadline_ms)
             calls.append(AskDirectory(self._last_id, keys))
         return calls
 
+    def take_answered(self, locate_id: int, now_ms: int) -> list[Fetch]:
+        """The directory has answered; the blocks in order. Empty if the call was over before."""
+        asked_ms = self._asked_ms.get(locate_id)
+        if asked_ms is not None:
+            self.overhead.add(now_ms - asked_ms)
+        return self.take(locate_id)
+
     def take(self, locate_id: int) -> list[Fetch]:
         """The call is over; its blocks in order. Empty if it was over before."""
         self._deadlines.discard(locate_id)
+        self._asked_ms.pop(locate_id, None)
         return self._asked.pop(locate_id, [])
 
     def take_late(self, now_ms: int) -> list[list[Fetch]]:
@@ -60,6 +72,7 @@ class Locates:
         """Assert that calls and deadlines agree. Returns every block here, dropped ones too."""
         self._deadlines.check()
         assert len(self._deadlines) == len(self._asked) <= self._limits.max_locates
+        assert self._asked_ms.keys() == self._asked.keys()
         assert all(locate_id in self._deadlines for locate_id in self._asked), "asks for ever"
         assert all(fetch.state is FetchState.LOCATING for fetch in self._waiting.values())
         assert all(fetch.key == key for key, fetch in self._waiting.items())

@@ -1,12 +1,17 @@
 """One look at the keys of a lookup: which are here, which are worth waiting for, which are not."""
 
+from typing import cast
+
 import msgspec
 
 from kvray.core.commands import MissReason
 from kvray.core.fetch import FetchCore
 from kvray.core.ids import BlockKey
 from kvray.core.messages import KeyState, Lookup
+from kvray.core.slots import Block
 from kvray.core.store import StoreCore
+
+_HIT, _MISS, _WAIT = int(KeyState.HIT), int(KeyState.MISS), int(KeyState.WAIT)
 
 # Nothing is waited for then, not even what is on its way already.
 _NO_WAIT = (MissReason.OVERLOADED, MissReason.LOCAL_ONLY)
@@ -37,11 +42,11 @@ class Look:
 
     __slots__ = (
         "_awaited",
+        "_blocks",
         "_fetch",
         "_keys",
         "_no_fetch",
         "_store",
-        "hits",
         "misses",
         "states",
         "wants",
@@ -58,41 +63,68 @@ class Look:
         self._store = store
         self._fetch = fetch
         self._keys = keys
+        self._blocks = store.blocks_of(keys)
         self._no_fetch = no_fetch
-        self.states = bytearray(len(keys))
-        self.hits: list[int] = []
+        self.states = bytearray([_HIT]) * len(keys)  # HITs; what is none is crossed out
         self.writes: list[int] = []  # being written by an engine
         self.wants: list[int] = []  # being fetched, or to be
         self.misses: dict[MissReason, int] = {}
         self._awaited: set[BlockKey] = set()
 
     def run(self, run: Run) -> None:
-        find, states, hits, keys = self._store.find, self.states, self.hits, self._keys
-        slot_bytes = run.slot_bytes
-        for index in range(run.start, run.stop):
-            place = find(keys[index])
-            if place is not None and place.bytes == slot_bytes:
-                states[index] = KeyState.HIT
-                hits.append(index)
-                continue
-            reason = self._absent(index, is_here=place is not None)
-            if reason is None:
-                states[index] = KeyState.WAIT
-                continue
-            self._count(reason, 1)
-            if run.is_prefix:
-                self._count(MissReason.BEHIND, run.stop - index - 1)
-                return
+        states, slot_bytes = self.states, run.slot_bytes
+        index = run.start
+        for block in self._blocks[run.start : run.stop]:
+            if block is None or block.ready_bytes != slot_bytes:
+                reason = self._absent(index, is_here=block is not None and block.ready_bytes > 0)
+                if reason is None:
+                    states[index] = _WAIT
+                elif run.is_prefix:
+                    self._count(reason, 1)
+                    self._count(MissReason.BEHIND, run.stop - index - 1)
+                    states[index : run.stop] = bytes(run.stop - index)
+                    return
+                else:
+                    self._count(reason, 1)
+                    states[index] = _MISS
+            index += 1
+
+    def hits(self) -> list[int]:
+        """The indices, when all runs have been looked at."""
+        return [index for index, state in enumerate(self.states) if state == _HIT]
+
+    def blocks(self) -> list[Block]:
+        """Of the hits, in order."""
+        if self.states.count(_HIT) == len(self._blocks):
+            return cast("list[Block]", self._blocks)
+        return [block for index in self.hits() if (block := self._blocks[index]) is not None]
 
     def wants_of(self, run: Run) -> list[int]:
         return [index for index in self.wants if run.start <= index < run.stop]
 
+    def new_wants_of(self, run: Run) -> int:
+        """How many of its wants nobody is fetching yet."""
+        return sum(self._keys[index] not in self._fetch for index in self.wants_of(run))
+
+    def refuse(self, run: Run, reason: MissReason) -> None:
+        """What the run wants is not fetched: misses, and in a prefix run all that waits behind."""
+        refused = set(self.wants_of(run))
+        self._count(reason, len(refused))
+        behind: set[int] = set()
+        if run.is_prefix:
+            behind = {index for index in self.writes if min(refused) < index < run.stop}
+            self._count(MissReason.BEHIND, len(behind))
+        for index in refused | behind:
+            self.states[index] = _MISS
+        self.wants = [index for index in self.wants if index not in refused]
+        self.writes = [index for index in self.writes if index not in behind]
+
     def spoil(self) -> None:
         """Nothing of it counts."""
+        self._count(MissReason.OVERLOADED, len(self.states) - self.states.count(_MISS))
         self.states = bytearray(len(self.states))
-        self._count(MissReason.OVERLOADED, len(self.hits) + len(self.writes) + len(self.wants))
-        for indices in (self.hits, self.writes, self.wants):
-            indices.clear()
+        self.writes.clear()
+        self.wants.clear()
 
     def _absent(self, index: int, *, is_here: bool) -> MissReason | None:
         """Why this key, which is not a hit, is a miss; None if it is worth waiting for."""

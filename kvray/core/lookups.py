@@ -2,8 +2,8 @@
 
     key READY here ─▶ HIT, pinned
     key being written by an engine of this node ─▶ WAIT ─committed─▶ HIT
-    key that peers may have, or that is being fetched ─▶ WAIT ─arrived─▶ HIT
-    anything else, and each WAIT that comes to nothing or to its deadline ─▶ MISS
+    key that peers may have, or that is being fetched ─▶ WAIT ─slot reserved─▶ COMING ─▶ HIT
+    anything else, and what comes to nothing or not before the deadline ─▶ MISS
 
 Within a prefix run nothing behind the first MISS is worth anything: it is neither fetched nor
 waited for, and what waits there is a MISS too. What is pinned stays pinned until Unpin.
@@ -12,26 +12,33 @@ A lookup is kept here only as long as it waits: pins are in the store, under (cl
 settles in one event is told in one message.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
-from kvray.core.codec import unpack_keys
-from kvray.core.commands import Arrived, FetchCommand, Missed, MissReason, Send, Waiter
-from kvray.core.effects import Place
+from kvray.core.break_even import ALWAYS, Worth
+from kvray.core.codec import pack_slot, unpack_keys
+from kvray.core.commands import (
+    Arrived,
+    Coming,
+    FetchCommand,
+    Missed,
+    MissReason,
+    Send,
+    Waiter,
+)
 from kvray.core.fetch import FetchCore
 from kvray.core.ids import BlockKey, ClientId, OpId
 from kvray.core.look import Look, Run, runs_of
 from kvray.core.messages import KeyState, Lookup, LookupReply, LookupUpdate
 from kvray.core.store import StoreCore
-from kvray.core.storing import pack_places
 from kvray.core.waits import Waits
 
 MAX_WAITING_LOOKUPS = 1_024  # requests of a node's engines that wait at a time: far more than run
 MAX_WAIT_MS = 60_000  # whatever a lookup asks for: after a minute a recompute was cheaper
 
-_HIT, _MISS, _WAIT = KeyState.HIT, KeyState.MISS, KeyState.WAIT
+_HIT, _MISS, _WAIT, _COMING = KeyState.HIT, KeyState.MISS, KeyState.WAIT, KeyState.COMING
 
 
 class _Lookup(msgspec.Struct, eq=False):
@@ -43,10 +50,10 @@ class _Lookup(msgspec.Struct, eq=False):
     runs: list[Run]
     states: bytearray  # one KeyState a key
     waiting: dict[BlockKey, int]  # key and its index
-    places: dict[int, Place]  # of the HITs that have not been told
+    slots: dict[int, bytes]  # SLOT_DTYPE rows of what is HIT or COMING and has not been told
     deadline_ms: int
     is_answered: bool = False  # the LookupReply is out: the rest goes into LookupUpdates
-    changed: list[int] = []  # settled since then, and not told
+    changed: set[int] = set()  # other than what was told last
 
     @property
     def waiter(self) -> Waiter:
@@ -97,13 +104,14 @@ class Lookups:
         runs = runs_of(message)
         for run in runs:
             look.run(run)
+        worth = self._weigh(message, runs, look, now_ms)
         self.counters["lookups"] += 1
         self.counters["looked_up"] += len(keys)
-        places = self._pin(waiter, keys, look, now_ms)
+        slots = self._pin(waiter, look, now_ms)
         for reason, count in look.misses.items():
             self.misses[reason] += count
         if not look.writes and not look.wants:
-            return LookupReply(message.op, bytes(look.states), pack_places(places)), []
+            return LookupReply(message.op, bytes(look.states), b"".join(slots)), []
         deadline_ms = now_ms + min(message.deadline_ms, MAX_WAIT_MS)
         lookup = _Lookup(
             client_id,
@@ -112,7 +120,7 @@ class Lookups:
             runs,
             look.states,
             {keys[i]: i for i in sorted((*look.writes, *look.wants))},
-            dict(zip(look.hits, places, strict=True)),
+            dict(zip(look.hits(), slots, strict=True)),
             deadline_ms,
         )
         self.counters["waits"] += len(lookup.waiting)
@@ -120,7 +128,9 @@ class Lookups:
         for i in look.writes:
             self._writes.join(waiter, keys[i], deadline_ms)
         wants = [(keys[i], run.slot_bytes) for run in runs for i in look.wants_of(run)]
-        return None, self._fetch.want(waiter, wants, deadline_ms=deadline_ms) if wants else []
+        if not wants:
+            return None, []
+        return None, self._fetch.want(waiter, wants, worth=worth, deadline_ms=deadline_ms)
 
     def unpin(self, waiter: Waiter) -> None:
         """The pins of a lookup are dropped and nothing is waited for any more; not told."""
@@ -156,6 +166,8 @@ class Lookups:
 
     def on_committed(self, keys: Iterable[BlockKey], now_ms: int) -> None:
         """An engine has written these."""
+        if not self._writes:
+            return
         for key in keys:
             self._writes.arrive(key)
         self._settle_writes(now_ms)
@@ -181,7 +193,7 @@ class Lookups:
             if place is not None:
                 del lookup.waiting[key]
                 lookup.states[index] = _HIT
-                lookup.places[index] = place
+                lookup.slots[index] = pack_slot(place.slot, place.generation, place.offset)
                 self._note(lookup, index)
                 self.counters[counter] += 1
             elif self._store.is_writing(key) and key not in self._fetch:
@@ -191,6 +203,18 @@ class Lookups:
                 reason = MissReason.OTHER_SIZE if is_here else MissReason.OVERLOADED
                 self._miss(lookup, key, reason)
         self._forget_if_settled(lookup)
+
+    def on_coming(self, told: Coming) -> None:
+        """Nothing is pinned yet, and nothing is settled: these are waited for as before."""
+        lookup = self._waiting.get(told.waiter)
+        if lookup is None:
+            return
+        for place in told.places:
+            index = lookup.waiting.get(place.key)
+            if index is not None:
+                lookup.states[index] = _COMING
+                lookup.slots[index] = pack_slot(place.slot, place.generation, place.offset)
+                self._note(lookup, index)
 
     def on_missed(self, told: Missed) -> None:
         lookup = self._waiting.get(told.waiter)
@@ -211,43 +235,50 @@ class Lookups:
 
     # -- private ---------------------------------------------------------------------------------
 
-    def _pin(self, waiter: Waiter, keys: list[BlockKey], look: Look, now_ms: int) -> list[Place]:
-        """Pin the hits of a look. Beyond the limit of pins there is no hit and nothing to wait
-        for: half a chain would have to be computed anyway.
+    def _weigh(self, message: Lookup, runs: list[Run], look: Look, now_ms: int) -> Worth:
+        """Refuse what the engine computes sooner than it could be fetched. What is under way
+        already costs nothing more.
         """
-        if len(look.hits) == len(keys):
-            wanted: Sequence[BlockKey] = keys
-        else:
-            wanted = [keys[i] for i in look.hits]
-        pinned = self._store.pin(waiter, wanted, slot_bytes=None, now_ms=now_ms)
-        places = [place for place in pinned if place is not None]
-        if len(places) < len(pinned):
-            self._store.unpin(waiter)
+        block_us = message.key_compute_us
+        if not block_us or not look.wants:
+            return ALWAYS
+        worth = Worth(block_us, block_us * len(look.wants))
+        new_bytes = sum(run.slot_bytes * look.new_wants_of(run) for run in runs)
+        if new_bytes and not self._fetch.pays(new_bytes, worth, now_ms):
+            for run in runs:
+                if look.new_wants_of(run):
+                    look.refuse(run, MissReason.BELOW_BREAK_EVEN)
+        return worth
+
+    def _pin(self, waiter: Waiter, look: Look, now_ms: int) -> list[bytes]:
+        """Pin the hits of a look; their rows. Beyond the limit of pins there is no hit and nothing
+        to wait for: half a chain would have to be computed anyway.
+        """
+        blocks = look.blocks()
+        if not self._store.pin_blocks(waiter, blocks, now_ms):
             look.spoil()
             return []
-        self.counters["hits_local"] += len(places)
-        return places
+        self.counters["hits_local"] += len(blocks)
+        return [block.row for block in blocks]
 
     def _settle_writes(self, now_ms: int) -> None:
         for told in self._writes.take_told():
             if isinstance(told, Missed):
                 self.on_missed(told)
-            else:
+            elif isinstance(told, Arrived):
                 self.on_arrived(told, now_ms, counter="hits_awaited")
 
     def _miss(self, lookup: _Lookup, key: BlockKey, reason: MissReason) -> None:
         """The key is a miss; in a prefix run so is everything behind it that is waited for."""
         index = lookup.waiting.pop(key)
-        lookup.states[index] = _MISS
-        self._note(lookup, index)
+        self._note_miss(lookup, index)
         self.misses[reason] += 1
         run = lookup.run_of(index)
         if not run.is_prefix:
             return
         behind = {k: i for k, i in lookup.waiting.items() if index < i < run.stop}
         for i in behind.values():
-            lookup.states[i] = _MISS
-            self._note(lookup, i)
+            self._note_miss(lookup, i)
         self.misses[MissReason.BEHIND] += len(behind)
         self._stop_waiting(lookup, list(behind))
 
@@ -257,14 +288,23 @@ class Lookups:
         for key in keys:
             del lookup.waiting[key]
 
+    def _note_miss(self, lookup: _Lookup, index: int) -> None:
+        lookup.states[index] = _MISS
+        lookup.slots.pop(index, None)  # where it would have been
+        self._note(lookup, index)
+
     def _note(self, lookup: _Lookup, index: int) -> None:
         if lookup.is_answered:
-            lookup.changed.append(index)
+            lookup.changed.add(index)
             self._untold[lookup.waiter] = lookup
 
     def _forget_if_settled(self, lookup: _Lookup) -> None:
         if not lookup.waiting:
             self._waiting.pop(lookup.waiter, None)
+
+    def fetching(self) -> list[Waiter]:
+        """The lookups that wait for a fetch."""
+        return [waiter for waiter in self._waiting if self._fetch.wanted_by(waiter)]
 
     def snapshot(self) -> dict[str, Any]:
         return (
@@ -290,21 +330,20 @@ class Lookups:
             assert written | fetched == lookup.waiting.keys(), "waits for what nobody brings"
             assert all(self._store.is_writing(key) for key in written)
             assert not any(key in self._fetch for key in written)
-            indices = [i for i, state in enumerate(lookup.states) if state == _WAIT]
+            indices = [i for i, state in enumerate(lookup.states) if state in (_WAIT, _COMING)]
             assert indices == sorted(lookup.waiting.values())
-        for waiter in (*self._writes.waiters(), *self._fetch.waiters()):
+        for waiter in self._writes.waiters():
             assert waiter in self._waiting, "something is brought to nobody"
 
 
 def _message(lookup: _Lookup) -> LookupReply | LookupUpdate:
     """What there is to tell of a lookup, which is told then."""
-    places = [lookup.places[i] for i in sorted(lookup.places)]
-    slots = pack_places(places)
-    lookup.places = {}
+    slots = b"".join(lookup.slots[i] for i in sorted(lookup.slots))
+    lookup.slots = {}
     if not lookup.is_answered:
         lookup.is_answered = True
         return LookupReply(lookup.op, bytes(lookup.states), slots)
     indices = sorted(lookup.changed)
-    lookup.changed = []
+    lookup.changed = set()
     states = bytes(lookup.states[i] for i in indices)
     return LookupUpdate(lookup.op, indices, states, slots)

@@ -36,11 +36,17 @@ MAX_WRITING_LISTED = 4_096  # (slot, generation) pairs an engine may list in Hel
 MAX_CHANGES_PER_ANNOUNCE = 131_072  # adds, and as many removes: 33 and 16 bytes each
 MAX_LOCATE_KEYS = 16_384  # 16 full lookups in one call
 MAX_SOURCES_PER_KEY = 8  # a fetch tries two or three; 16,384 keys with 8 sources are 2.9 MB
+# Of one announce: what goes before the next one, since a store announces each few ms while it
+# stores. Far more than a prefill of a chunk evicts, and 0.1 ms of the directory.
+MAX_DOUBTFUL_KEYS = 64
+# Of one announce's reply: a hint, so what does not fit is lost. A long prompt's chain eight times.
+MAX_READ_KEYS = 4_096
 MAX_ROSTER_NODES = 1_536  # a roster entry has at most 5.3 KB, and the whole roster is one answer
 MAX_LINK_METADATA_BYTES = 4_096  # NIXL's has about 460; more network cards, more addresses
 MAX_NAME_BYTES = 255  # node ids, host names, agent names, versions, names of counters
 MAX_TEXT_BYTES = 8_192  # a reason or a label: a path or two and a sentence
 MAX_COUNTERS = 256  # of one Report
+MAX_COMPUTE_US = 60_000_000  # of one block: a minute, as no engine is
 MAX_DEADLINE_MS = 600_000  # ten minutes: nothing waits for ever, and a second is usual
 MAX_PERIOD_MS = 60_000  # between heartbeats; a larger one can only be a mistake
 MAX_EPOCH = 2**62  # epochs and terms follow the wall clock in ms; the next one always fits 64 bits
@@ -62,11 +68,17 @@ LOCATION_DTYPE = np.dtype(
 
 
 class KeyState(IntEnum):
-    """The answer for one key of a Lookup, one byte each."""
+    """The answer for one key of a Lookup, one byte each.
+
+    WAIT ──slot reserved──▶ COMING ──arrived──▶ HIT
+      └────────┬──────────────┘ (again, with another slot, if the next source is asked)
+               └── does not come ──▶ MISS
+    """
 
     MISS = 0
     HIT = 1  # READY here and pinned for this operation
-    WAIT = 2  # being written or fetched here; a LookupUpdate will say HIT or MISS
+    WAIT = 2  # being written or fetched here; a LookupUpdate will say COMING, HIT or MISS
+    COMING = 3  # as WAIT, and it will be READY in the slot that is named, or nowhere; not pinned
 
 
 class Grant(IntEnum):
@@ -116,21 +128,22 @@ class Lookup(msgspec.Struct, frozen=True, tag="lookup"):
     run_lengths: list[int]
     run_is_prefix: list[bool]
     run_slot_bytes: list[int]
-    deadline_ms: int  # relative: from receipt until every WAIT is answered
+    deadline_ms: int  # relative: from receipt until every key is HIT or MISS
     fetch: bool = True  # False: only what is here
+    key_compute_us: int = 0  # in which the engine computes one block; 0: it has not measured yet
 
 
 class LookupReply(msgspec.Struct, frozen=True, tag="lookup_reply"):
     op: OpId
     states: bytes  # one KeyState a key
-    slots: bytes  # SLOT_DTYPE rows, one for each HIT in order
+    slots: bytes  # SLOT_DTYPE rows, one for each HIT or COMING in order
 
 
 class LookupUpdate(msgspec.Struct, frozen=True, tag="lookup_update"):
     op: OpId
     indices: list[int]  # into the keys of the Lookup
-    states: bytes  # HIT or MISS for each index
-    slots: bytes  # SLOT_DTYPE rows for the HITs
+    states: bytes  # HIT, MISS or COMING for each index
+    slots: bytes  # SLOT_DTYPE rows, one for each HIT or COMING in order
 
 
 class Unpin(msgspec.Struct, frozen=True, tag="unpin"):
@@ -234,6 +247,8 @@ class Announce(msgspec.Struct, frozen=True, tag="announce"):
     change says about a key counts more than what a later part says, so all parts may be made from
     one copy of the set: taken when part 1 gets its sequence, never before. An answer RESYNC to an
     announce before the latest part 1 says nothing new.
+
+    doubtful: keys of blocks that go soon here; the reply says which of them other nodes keep.
     """
 
     node_id: NodeId
@@ -245,21 +260,31 @@ class Announce(msgspec.Struct, frozen=True, tag="announce"):
     removes: bytes  # keys
     resync_part: int = 0
     resync_last: bool = False
+    doubtful: bytes = b""
 
 
 class AnnounceStatus(IntEnum):
     OK = 0
-    RESYNC = 1  # a gap, or a new directory: send the whole set
+    RESYNC = 1  # a gap, or a hello before: send the whole set; told to a few nodes at a time
     BURIED = 2  # come back with a new epoch
     UNKNOWN = 3  # say NodeHello first
 
 
 class AnnounceReply(msgspec.Struct, frozen=True, tag="announce_reply"):
+    """The home of a block is the node that has had it for longest, as far as the directory knows:
+    so of those who have it exactly one keeps it, and hears of its use. Both are hints.
+
+    read: keys that others have asked for since the last reply, and whose home this node is.
+    spare: those of the announce's doubtful keys that have another home.
+    """
+
     status: AnnounceStatus
     term: Term
     roster_version: int
     heartbeat_period_ms: int
     roster: list[NodeInfo] | None = None  # only if it differs from the node's version
+    read: bytes = b""
+    spare: bytes = b""
 
 
 class Locate(msgspec.Struct, frozen=True, tag="locate"):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
-from kvray.core.announcing import Announcing, AnnouncingLimits
+from kvray.core.announcing import Announcing, AnnouncingLimits, AnnouncingState
 from kvray.core.clients import Client, ClientRow, Clients, ClientState
 from kvray.core.commands import (
     ConnectPeer,
@@ -27,11 +27,12 @@ from kvray.core.commands import (
     NodeCommand,
     Restart,
     Send,
+    TakeEpoch,
     WatchProcess,
 )
 from kvray.core.fetch import FetchCore, FetchLimits
 from kvray.core.fetching import Fetching
-from kvray.core.ids import Epoch, NodeId, ReadId
+from kvray.core.ids import BlockKey, Epoch, NodeId, ReadId
 from kvray.core.lookups import Lookups
 from kvray.core.messages import (
     Abandon,
@@ -54,6 +55,7 @@ from kvray.core.messages import (
 )
 from kvray.core.store import StoreCore
 from kvray.core.storing import Storing
+from kvray.core.takeover import TakeOvers
 
 # Reads that were abandoned a second after they were posted, and have not ended so much later,
 # will not end. Nothing is fetched then, so the restart costs only its one to three seconds.
@@ -63,8 +65,8 @@ CLOGGED_MS = 30_000
 class NodeCore:
     """One NodeStore. One thread calls it; see core.commands for what it answers.
 
-    store has adopted the slab already. clients: the rows of the slab's table of clients.
-    wall_clock_offset_ms: add it to now_ms and it is the time of day.
+    store has adopted the slab already. info: without a link yet. clients: the rows of the slab's
+    table of clients. wall_clock_offset_ms: add it to now_ms and it is the time of day.
     """
 
     def __init__(
@@ -84,11 +86,13 @@ class NodeCore:
         self._storing = Storing(store, self._clients, slab_id=info.slab_id)
         self._fetch = FetchCore(fetch_limits)
         self._lookups = Lookups(store, self._fetch)
+        self._takeovers = TakeOvers(store, self._fetch)
         call_ids = count(1)
         self._fetching = Fetching(
             self._fetch,
             self._storing,
             self._lookups,
+            self._takeovers,
             asker=info,
             call_ids=call_ids,
             locate_timeout_ms=(fetch_limits or FetchLimits()).locate_deadline_ms,
@@ -109,6 +113,11 @@ class NodeCore:
     def info(self) -> NodeInfo:
         return self._announcing.info
 
+    @property
+    def is_linked(self) -> bool:
+        """Whether there is a link of this epoch. Without one only own engines are served."""
+        return self._announcing.state is not AnnouncingState.LINKING
+
     def next_deadline_ms(self) -> int | None:
         """When on_tick is due. None: not before something else happens."""
         clogged_ms = None if self._clogged_since_ms is None else self._clogged_since_ms + CLOGGED_MS
@@ -124,10 +133,11 @@ class NodeCore:
     # -- processes and sessions ------------------------------------------------------------------
 
     def start(self, now_ms: int) -> list[NodeCommand]:
-        """The first event."""
+        """The first event. Engines are served from now on, peers when there is a link."""
         self._storing.release_adopted()
         processes = {(c.client_id.pid, c.client_id.start_ticks) for c in self._clients}
         self._out += [WatchProcess(pid, start_ticks) for pid, start_ticks in sorted(processes)]
+        self._out.append(TakeEpoch(self.info.epoch))
         return self.on_tick(now_ms)
 
     def on_message(self, session_id: int, message: LocalRequest, now_ms: int) -> list[NodeCommand]:
@@ -183,10 +193,13 @@ class NodeCore:
     def _on_request(
         self, client: Client, session_id: int, message: LocalRequest, now_ms: int
     ) -> None:
-        answer: LocalAnswer | None = Ack(message.op)
+        if isinstance(message, Lookup):
+            reply = self._on_lookup(client, session_id, message, now_ms)
+            if reply is not None:
+                self._out.append(Send(session_id, reply))
+            return
+        answer: LocalAnswer = Ack(message.op)
         match message:
-            case Lookup():
-                answer = self._on_lookup(client, session_id, message, now_ms)
             case Unpin():
                 self._lookups.unpin((client.client_id, message.lookup_op))
             case Reserve():
@@ -204,8 +217,7 @@ class NodeCore:
                 self._leave(client, "has said bye", now_ms)
             case Hello():
                 raise AssertionError("has been seen to")
-        if answer is not None:
-            self._out.append(Send(session_id, answer))
+        self._out.append(Send(session_id, answer))
 
     def _on_lookup(
         self, client: Client, session_id: int, message: Lookup, now_ms: int
@@ -225,7 +237,7 @@ class NodeCore:
         return reply
 
     def _too_large(self, message: Lookup | Reserve) -> Refused | None:
-        largest = max(message.run_slot_bytes, default=0)
+        largest = max(message.run_slot_bytes) if message.run_slot_bytes else 0
         limit = self.info.extent_bytes
         if largest <= limit:
             return None
@@ -282,9 +294,9 @@ class NodeCore:
             self._announcing.on_failed(call_id, now_ms)
         return self._finish(now_ms)
 
-    def on_renamed(self, info: NodeInfo, now_ms: int) -> list[NodeCommand]:
-        """What NewEpoch asks for is done."""
-        self._announcing.on_renamed(info, now_ms)
+    def on_linked(self, info: NodeInfo, now_ms: int) -> list[NodeCommand]:
+        """What TakeEpoch asks for is done."""
+        self._announcing.on_linked(info, now_ms)
         self._fetching.asker = info
         return self.on_tick(now_ms)
 
@@ -327,6 +339,25 @@ class NodeCore:
         self._storing.has_changes = True
         return self._finish(now_ms)
 
+    def drain(self, now_ms: int) -> list[NodeCommand]:
+        """The node is about to leave: engines store nothing more. What it has can be read."""
+        self._storing.is_draining = True
+        return self._finish(now_ms)
+
+    def take_over(
+        self,
+        call_id: int,
+        wants: Sequence[tuple[BlockKey, int]],
+        *,
+        deadline_ms: int,
+        now_ms: int,
+    ) -> list[NodeCommand]:
+        """Get these (key, payload bytes), no key twice, from a node that is about to leave, into
+        room that is free. Ends in TookOver, at deadline_ms (absolute) at the latest.
+        """
+        self._fetching.do(self._takeovers.take(call_id, wants, deadline_ms=deadline_ms), now_ms)
+        return self._finish(now_ms)
+
     def snapshot(self) -> dict[str, Any]:
         """Plain data, for people."""
         return {
@@ -338,6 +369,8 @@ class NodeCore:
             "storing": dict(self._storing.counters),
             "lookups": self._lookups.snapshot(),
             "fetch": self._fetch.snapshot(),
+            "taken_over": self._takeovers.kept_count,
+            "is_draining": self._storing.is_draining,
             "announcing": self._announcing.snapshot(),
             "clients": self._clients.snapshot(),
         }
@@ -350,6 +383,9 @@ class NodeCore:
         self._fetch.check()
         self._fetching.check()
         self._lookups.check()
+        self._takeovers.check()
+        waiting = {*self._lookups.fetching(), *self._takeovers.waiters()}
+        assert waiting == set(self._fetch.waiters()), "something is brought to nobody"
         self._announcing.check()
         assert not self._out, "not done"
         assert self._connected == {n: i.epoch for n, i in self._announcing.roster.items()}
@@ -359,8 +395,10 @@ class NodeCore:
         """The end of every event: start what can be started, tell whom there is to tell, and put
         what the slab must say before it.
         """
-        self._fetching.advance(now_ms)
+        if self._fetch.is_busy:
+            self._fetching.advance(now_ms)
         self._out += self._lookups.take_told()
+        self._out += self._takeovers.take_done()
         if self._storing.has_changes:
             self._storing.has_changes = False
             self._announcing.note_change(now_ms)
@@ -368,6 +406,6 @@ class NodeCore:
             self._clogged_since_ms = None
         elif self._clogged_since_ms is None:
             self._clogged_since_ms = now_ms
-        out = [*self._storing.drain_effects(), *self._out]
+        out: list[NodeCommand] = [*self._storing.drain_effects(), *self._out]
         self._out.clear()
         return out

@@ -1,6 +1,6 @@
 """A node to read from: where its slots are, what it owes us, whether it is worth asking.
 
-    usable ──a read fails or is late──▶ avoided, 0.5 s doubling to 8 s ──▶ usable
+    usable ──a read fails or is late──▶ avoided, 0.5 s doubling to 1 s ──▶ usable
        ▲                                                                      │
        └───────────────── a read is proven: the doubling starts anew ─────────┘
 
@@ -13,13 +13,14 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
+from kvray.core.break_even import RATE_SAMPLE_BYTES, Rate
 from kvray.core.commands import Offsets
 from kvray.core.ids import Epoch, Generation, NodeId, SlotIndex
 from kvray.core.layout import HEADER_BYTES, Geometry, aligned
 from kvray.core.messages import NodeInfo
 
 FIRST_AVOID_MS = 500  # long enough for a slow moment of a live peer to pass
-MAX_AVOID_MS = 8_000  # short enough for a peer that comes back to be of use soon
+MAX_AVOID_MS = 1_000  # with the deadline of a last vain read: a healed link is used within 3 s
 MAX_SIZES_KEPT = 256  # of slots_in_extent: hints could name any size, models name a few
 
 
@@ -45,15 +46,19 @@ class Peer:
         "_slots_per_extent",
         "avoid_until_ms",
         "info",
+        "last_payload_ms",
         "outstanding_bytes",
+        "rate",
         "under_way",
     )
 
-    def __init__(self, info: NodeInfo) -> None:
+    def __init__(self, info: NodeInfo, *, rate_sample_bytes: int = RATE_SAMPLE_BYTES) -> None:
         self.info = info
         self.outstanding_bytes = 0  # planned, and not yet come
-        self.under_way = 0  # reads: their slots are being reserved, or they are posted
+        self.under_way = 0  # reads that have been posted and not ended
         self.avoid_until_ms = 0
+        self.rate = Rate(rate_sample_bytes)
+        self.last_payload_ms = 0  # when a read of payload last ended
         self._avoid_ms = 0
         # Geometry works out its numbers at each call; here they are needed for every block.
         self._geometry = Geometry(info.slab_bytes, info.extent_bytes)
@@ -94,6 +99,15 @@ class Peer:
         """Geometry.header_offset of each, in one go."""
         slots = np.array([source.slot for source in sources], np.uint64)
         return slots * np.uint64(HEADER_BYTES) + np.uint64(self._geometry.slot_table_offset)
+
+    def end_payload(self, read_bytes: int, posted_ms: int, *, now_ms: int) -> None:
+        """A read of payload is over; read_bytes: what came. Reads overlap, and their time counts
+        once.
+        """
+        since_ms = max(posted_ms, self.last_payload_ms)
+        self.last_payload_ms = now_ms
+        if read_bytes:
+            self.rate.add(read_bytes, now_ms - since_ms, now_ms=now_ms)
 
     def fail(self, now_ms: int) -> int:
         """It did not do what was asked: avoid it. For how long; 0 if it is avoided already, since

@@ -4,7 +4,7 @@ A block may lie on several nodes. A reader wants few large reads, and equal node
 
     key       0  1  2  3  4  5  6  7
     held by   A  A  A  A  AB AB B  B        ─▶  A: 0-5, B: 6-7 (the longest run at each step)
-    held by   AB AB AB AB AB AB AB AB       ─▶  one batch each in turn (least outstanding bytes)
+    held by   AB AB AB AB AB AB AB AB       ─▶  one batch each in turn (whoever is done first)
 
 It does not know who is alive, avoided or connected: the caller leaves out whoever is not.
 """
@@ -34,6 +34,7 @@ def plan(
     holders: Sequence[Sequence[NodeId]],
     outstanding_bytes: Mapping[NodeId, int],
     *,
+    slowness: Mapping[NodeId, float] | None = None,
     batch_bytes: int = FETCH_BATCH_BYTES,
     batch_blocks: int = MAX_BATCH_BLOCKS,
 ) -> list[Batch]:
@@ -41,11 +42,17 @@ def plan(
 
     sizes_bytes: of each block. holders: for each block who has it, the preferred ones first; a
     block without holders is in no batch. outstanding_bytes: what is read from a node already; a
-    node that is not in it has nothing outstanding. A block larger than batch_bytes is a batch of
-    its own. In the outcome, batches are in the order of their first block.
+    node that is not in it has nothing outstanding. slowness: time per byte, in any unit, of every
+    node, so that one twice as fast is given twice as much; None if they are all alike. A block
+    larger than batch_bytes is a batch of its own. In the outcome, batches are in the order of their
+    first block.
     """
     assert len(sizes_bytes) == len(holders)
-    loads = dict(outstanding_bytes)
+    pace = slowness or {}
+    loads = {
+        node_id: load_bytes * pace.get(node_id, 1.0)
+        for node_id, load_bytes in outstanding_bytes.items()
+    }
     opened: list[_Open] = []
     current: dict[NodeId, _Open] = {}
     index = 0
@@ -55,9 +62,9 @@ def plan(
             continue
         limit = min(len(sizes_bytes), index + batch_blocks)
         node_id, stop, run_bytes = _choose(
-            index, sizes_bytes, holders, loads, limit=limit, batch_bytes=batch_bytes
+            index, sizes_bytes, holders, loads, pace, limit=limit, batch_bytes=batch_bytes
         )
-        loads[node_id] = loads.get(node_id, 0) + run_bytes
+        loads[node_id] = loads.get(node_id, 0.0) + run_bytes * pace.get(node_id, 1.0)
         for i in range(index, stop):
             batch = current.get(node_id)
             if batch is None or not batch.has_room(sizes_bytes[i], batch_bytes, batch_blocks):
@@ -89,17 +96,19 @@ def _choose(
     start: int,
     sizes_bytes: Sequence[int],
     holders: Sequence[Sequence[NodeId]],
-    loads: Mapping[NodeId, int],
+    loads: Mapping[NodeId, float],
+    pace: Mapping[NodeId, float],
     *,
     limit: int,
     batch_bytes: int,
 ) -> tuple[NodeId, int, int]:
     """Of the holders of block `start`, the one with the longest run from there on, within one
-    batch and below `limit`; of equal ones the one with the least outstanding, then the first.
+    batch and below `limit`; of equal ones the one that is done with it first, then the first.
 
     Returns it with the end of the run and the bytes of the run.
     """
     best: tuple[NodeId, int, int] | None = None
+    best_done = 0.0
     for node_id in holders[start]:
         stop, run_bytes = start + 1, sizes_bytes[start]
         while (
@@ -109,10 +118,8 @@ def _choose(
         ):
             run_bytes += sizes_bytes[stop]
             stop += 1
-        is_longer = best is None or stop > best[1]
-        if is_longer or (
-            best is not None and stop == best[1] and loads.get(node_id, 0) < loads.get(best[0], 0)
-        ):
-            best = (node_id, stop, run_bytes)
+        done = loads.get(node_id, 0.0) + run_bytes * pace.get(node_id, 1.0)
+        if best is None or stop > best[1] or (stop == best[1] and done < best_done):
+            best, best_done = (node_id, stop, run_bytes), done
     assert best is not None, "a block that nobody holds"
     return best

@@ -1,9 +1,9 @@
-"""The reads of FetchCore: reserved for, under way, abandoned; and the limit on all of them.
+"""The reads of FetchCore: under way, abandoned; and the limit on all of them.
 
-    reserve ─▶ post PAYLOAD ─▶ end ─▶ post HEADERS ─▶ end
-                     └────── late ──┬───────┘
-                                    ▼
-                                 abandoned ─▶ end, however late: the targets are free only now
+    post PAYLOAD ─▶ end ─▶ post HEADERS ─▶ end
+          └────── late ──┬───────┘
+                         ▼
+                      abandoned ─▶ end, however late: the targets are free only now
 
 An abandoned read is one that has not ended. Each read, abandoned or not, counts against the limit
 until it has ended, so quarantine is bounded by it. What becomes of a block is core.fetch's to say.
@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from kvray.core.break_even import ALWAYS, RATE_SAMPLE_BYTES, Overhead, Worth
 from kvray.core.commands import (
     NO_OFFSETS,
     AbandonRead,
@@ -43,19 +44,30 @@ class FetchLimits:
 
     # Blocks between want and their end: 32 full lookups, about 25 MB of objects.
     max_fetches: int = 32_768
-    # Reads that are reserved for, under way, or abandoned and not ended. Each holds at most
-    # batch_bytes of slots, so this is also the most that can lie in quarantine: 1 GiB.
+    # Reads that are under way, or abandoned and not ended. Each holds at most batch_bytes of
+    # slots, so this is also the most that can lie in quarantine: 1 GiB.
     max_unended_reads: int = 32
     # The payload of one batch comes while the headers of the one before are proven. Abandoned ones
     # count, so that one silent peer can not use up max_unended_reads.
     max_reads_per_peer: int = 2
+    # Batches whose slots are reserved before their reads can begin: 256 MiB of a peer, 512 MiB in
+    # all (and one a peer on top, so that none is held up by the others). They are lost to others
+    # until they have come. The load of a longer chain begins later, which still hides all of it.
+    # Few blocks: one is 4 us when others go for it, of the thread that answers engines.
+    max_batches_ahead_per_peer: int = 8
+    max_batches_ahead: int = 16
+    max_blocks_ahead: int = 512
     # Calls to the directory at a time; keys that come meanwhile share the next one.
     max_locates: int = 8
     max_locate_keys: int = MAX_LOCATE_KEYS
     locate_deadline_ms: int = 300  # a call takes 1 ms, its p99 on a busy machine is 10
     payload_deadline_ms: int = 1_000  # 32 MiB at 0.4 GB/s (TCP, the slowest seen) are 80 ms
-    headers_deadline_ms: int = 300  # 16 KiB at most
+    headers_deadline_ms: int = 300  # 4 MiB at most, with what lies between them
+    rate_sample_bytes: int = RATE_SAMPLE_BYTES
     batch_bytes: int = FETCH_BATCH_BYTES
+    # The first of several batches of a peer that brings nothing yet: 2 ms at 4 GB/s, and vLLM
+    # needs about as long to begin a load.
+    first_batch_bytes: int = FETCH_BATCH_BYTES // 4
     batch_blocks: int = MAX_BATCH_BLOCKS
 
 
@@ -65,6 +77,7 @@ class FetchState(Enum):
     LOCATING = "locating"
     QUEUED = "queued"
     RESERVING = "reserving"
+    RESERVED = "reserved"
     READING = "reading"
     VERIFYING = "verifying"
     ARRIVED = "arrived"
@@ -80,8 +93,9 @@ class Fetch(msgspec.Struct, eq=False):
     sources: list[Source] = []  # not tried yet
     peer: Peer | None = None  # chosen; from QUEUED on
     source: Source | None = None  # the block at this peer
-    target: Place | None = None  # while READING and VERIFYING
+    target: Place | None = None  # from RESERVED on
     reason: MissReason = MissReason.NEVER_SEEN  # why the last source did not bring it
+    worth: Worth = ALWAYS
 
 
 class Read(msgspec.Struct, eq=False):
@@ -92,17 +106,11 @@ class Read(msgspec.Struct, eq=False):
     peer: Peer
     fetches: list[Fetch]
     payload_offsets: Offsets  # at the peer, whatever the kind
+    posted_ms: int
 
     @property
     def targets(self) -> tuple[Place, ...]:
         return targets_of(self.fetches)
-
-
-class _Reservation(msgspec.Struct, eq=False):
-    """A batch whose slots have been asked for."""
-
-    peer: Peer
-    fetches: list[Fetch]
 
 
 class _Abandoned(msgspec.Struct, eq=False):
@@ -117,7 +125,6 @@ class Reads:
 
     def __init__(self, limits: FetchLimits) -> None:
         self._limits = limits
-        self._reservations: dict[int, _Reservation] = {}
         self._reads: dict[ReadId, Read] = {}
         self._abandoned: dict[ReadId, _Abandoned] = {}
         # How many of these each epoch of a node owes us. Not in Peer: a peer that has left the
@@ -126,6 +133,7 @@ class Reads:
         self._deadlines: Deadlines[ReadId] = Deadlines()
         self._last_id = 0
         self._busy_since_ms = 0
+        self.headers_overhead = Overhead()
         self.counters = dict.fromkeys(("reads", "failed", "abandoned", "busy_ms"), 0)
 
     @property
@@ -135,7 +143,7 @@ class Reads:
 
     def has_room(self, peer: Peer) -> bool:
         """Whether one more read of this peer may begin."""
-        unended = len(self._reservations) + len(self._reads) + len(self._abandoned)
+        unended = len(self._reads) + len(self._abandoned)
         return (
             unended < self._limits.max_unended_reads
             and peer.under_way + self.owed_by(peer) < self._limits.max_reads_per_peer
@@ -153,21 +161,9 @@ class Reads:
 
     # -- a read's life ---------------------------------------------------------------------------
 
-    def reserve(self, peer: Peer, fetches: list[Fetch]) -> int:
-        """Slots for these are being asked for; the id of the batch."""
-        assert self.has_room(peer)
-        self._last_id += 1
-        self._reservations[self._last_id] = _Reservation(peer, fetches)
-        peer.under_way += 1
-        return self._last_id
-
-    def take_reserved(self, batch_id: int) -> tuple[Peer, list[Fetch]]:
-        reservation = self._reservations.pop(batch_id)
-        reservation.peer.under_way -= 1
-        return reservation.peer, reservation.fetches
-
     def post_payload(self, peer: Peer, fetches: list[Fetch], *, now_ms: int) -> PostRead:
         """Read these blocks, each with a source at this peer, into their targets."""
+        assert self.has_room(peer)
         offsets = peer.payload_offsets(_sources_of(fetches))
         read = self._post(ReadKind.PAYLOAD, peer, fetches, offsets, now_ms)
         return PostRead(
@@ -194,11 +190,16 @@ class Reads:
             np.full(len(fetches), HEADER_BYTES, np.uint64),
         )
 
-    def end(self, read_id: ReadId, *, now_ms: int) -> Read:
+    def end(self, read_id: ReadId, *, came: bool, now_ms: int) -> Read:
         """The read is over, for better or worse, or nobody waits for it any more."""
         read = self._reads.pop(read_id)
         self._deadlines.discard(read_id)
         read.peer.under_way -= 1
+        if read.kind is ReadKind.PAYLOAD:
+            read_bytes = sum(fetch.bytes for fetch in read.fetches) if came else 0
+            read.peer.end_payload(read_bytes, read.posted_ms, now_ms=now_ms)
+        elif came:
+            self.headers_overhead.add(now_ms - read.posted_ms)
         if not self._reads:
             self.counters["busy_ms"] += now_ms - self._busy_since_ms
         return read
@@ -207,7 +208,7 @@ class Reads:
         self, read: Read, *, now_ms: int
     ) -> Iterator[AbandonRead | QuarantineTargets | ReleaseTargets]:
         """Wait no more for this read. Only its end frees what it may still write into."""
-        self.end(read.read_id, now_ms=now_ms)
+        self.end(read.read_id, came=False, now_ms=now_ms)
         self.counters["abandoned"] += 1
         self._owed[read.peer.node_id, read.peer.epoch] = self.owed_by(read.peer) + 1
         yield AbandonRead(read.read_id)
@@ -246,7 +247,7 @@ class Reads:
         if not self._reads:
             self._busy_since_ms = now_ms
         self._last_id += 1
-        read = Read(ReadId(self._last_id), kind, peer, fetches, offsets)
+        read = Read(ReadId(self._last_id), kind, peer, fetches, offsets, now_ms)
         self._reads[read.read_id] = read
         deadline_ms = (
             self._limits.payload_deadline_ms
@@ -262,7 +263,6 @@ class Reads:
 
     def snapshot(self) -> dict[str, Any]:
         return {
-            "reserving": len(self._reservations),
             "under_way": len(self._reads),
             "abandoned": len(self._abandoned),
             "quarantined_bytes": sum(
@@ -271,19 +271,16 @@ class Reads:
         } | {f"{name}_count": count for name, count in self.counters.items() if name != "busy_ms"}
 
     def check(self) -> list[Fetch]:
-        """Assert that reads, deadlines, peers and limits agree. Returns every block in a
-        reservation or a read; among the reserved ones may be some that were dropped.
-        """
+        """Assert that reads, deadlines, peers and limits agree. Returns every block in a read."""
         assert len(self._deadlines) == len(self._reads), "a read without end, or an end of none"
         assert all(read_id in self._deadlines for read_id in self._reads)
         self._deadlines.check()
         assert not self._reads.keys() & self._abandoned.keys(), "waited for and abandoned"
-        unended = len(self._reservations) + len(self._reads) + len(self._abandoned)
+        unended = len(self._reads) + len(self._abandoned)
         assert unended <= self._limits.max_unended_reads, "more unended reads than there may be"
         under_way: dict[Peer, int] = {}
-        parts: list[Read | _Reservation] = [*self._reads.values(), *self._reservations.values()]
-        for part in parts:
-            under_way[part.peer] = under_way.get(part.peer, 0) + 1
+        for read in self._reads.values():
+            under_way[read.peer] = under_way.get(read.peer, 0) + 1
         for peer, count in under_way.items():
             assert peer.under_way == count
             assert count + self.owed_by(peer) <= self._limits.max_reads_per_peer
@@ -302,7 +299,7 @@ class Reads:
                 assert fetch.state is state
                 assert fetch.peer is read.peer
                 assert fetch.target is not None, "a read without a target"
-        return [fetch for part in parts for fetch in part.fetches]
+        return [fetch for read in self._reads.values() for fetch in read.fetches]
 
 
 def targets_of(fetches: Sequence[Fetch]) -> tuple[Place, ...]:

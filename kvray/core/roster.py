@@ -24,14 +24,15 @@ from typing import Any
 from kvray.core.ids import Epoch, NodeId
 from kvray.core.messages import MAX_EPOCH, MAX_PERIOD_MS, NodeInfo
 
-# A heartbeat is a Ray call, which takes 0.5 to 1 ms of CPU at each of its ends. Every 500 ms it is
-# 0.2 % of a core for a node, and 2 % for a directory of ten; every 200 ms a NodeStore came to 1.3
-# to 1.8 % of a core, and may have 1.5. A loss is noticed in 1.5 to 2.5 s then.
-SMALL_CLUSTER_NODES, SMALL_CLUSTER_PERIOD_MS = 10, 500
+# A heartbeat is a Ray call, which takes about 1 ms of CPU at each of its ends. Every 300 ms it is
+# 0.3 % of a core for a node, and as much for the directory, for each node: a directory of two nodes
+# uses 1.2 to 1.4 % of a core, and may have 1.5 (test_a_quiet_cluster_costs_almost_nothing). Every
+# 200 ms would add another half. A loss is noticed in 1 to 1.5 s.
+SMALL_CLUSTER_NODES, SMALL_CLUSTER_PERIOD_MS = 10, 300
 LARGE_CLUSTER_NODES, LARGE_CLUSTER_PERIOD_MS = 1_000, 2_000
-SUSPECT_PERIODS, SUSPECT_MS = 3, 1_500  # whichever is longer: two heartbeats may be lost
-BURY_PERIODS, BURY_MS = 5, 2_500  # > a NodeStore's worst pause; a wrong burial costs misses
-MAX_STEP_MS = 500  # <= SUSPECT_MS - 2 heartbeats of a small cluster: a pause makes no suspects
+SUSPECT_PERIODS, SUSPECT_MS = 3, 1_000  # whichever is longer: two heartbeats may be lost
+BURY_PERIODS, BURY_MS = 5, 1_500  # > a NodeStore's worst pause; a wrong burial costs misses
+MAX_STEP_MS = 400  # <= SUSPECT_MS - 2 heartbeats of a small cluster: a pause makes no suspects
 MAX_GONE = 4_096  # nodes off the roster that are remembered, the oldest forgotten first
 
 

@@ -16,6 +16,7 @@ import msgspec
 
 from kvray.core.adoption import Kept, Table, believe
 from kvray.core.changes import Changes
+from kvray.core.codec import pack_slot
 from kvray.core.effects import Effect, MarkGeneration, Place, WriteExtent, WriteHeader
 from kvray.core.eviction import Policy
 from kvray.core.extents import Extent, Extents, SizeClass
@@ -34,12 +35,15 @@ class Block(msgspec.Struct, eq=False, gc=False):
     """One occupied slot. A struct for its price: 55 ns to make."""
 
     place: Place
+    row: bytes  # SLOT_DTYPE row of the place: a reply is nothing but these, one after another
     state: SlotState  # never ABSENT
     extent: Extent
     writer: int  # row of the client table, or layout.WRITER_NODE
     holder: Holder | None  # of a WRITING slot
-    pins: int  # who keeps a READY block from eviction, counted
     used_ms: int
+    ready_bytes: int = 0  # of the payload once it is READY: one comparison tells a hit of a key
+    pins: int = 0  # who keeps a READY block from eviction, counted
+    is_held: bool = False  # a pinned one that the search for the coldest has met; see `pin`
 
 
 class Search:
@@ -74,6 +78,7 @@ class SlotTable:
         self._next_generation = max(1, generation_mark)
         self._generation_mark = generation_mark
         self._effects: list[Effect] = []
+        self._short_of_bytes = 0  # the slot size that has evicted since take_doubtful; 0: none
 
     def adopt(self, extents: Table, headers: Table, *, now_ms: int) -> None:
         """See StoreCore.adopt."""
@@ -90,6 +95,7 @@ class SlotTable:
             block = self._adopted(kept, now_ms)
             self.blocks[kept.place.slot] = block
             if kept.state is READY:
+                block.ready_bytes = kept.place.bytes
                 self.by_key[kept.place.key] = block
                 self._policy.admit(block.extent.slot_bytes, kept.place.slot, kept.place.origin)
                 self.changes.add(kept.place)
@@ -116,7 +122,8 @@ class SlotTable:
         extent, slot = found
         generation = self._new_generation()
         place = Place(slot, generation, extent.offset_of(slot), payload_bytes, key, origin)
-        block = Block(place, WRITING, extent, writer, holder, 0, now_ms)
+        row = pack_slot(slot, generation, place.offset)
+        block = Block(place, row, WRITING, extent, writer, holder, now_ms)
         extent.busy += 1
         self.blocks[slot] = self.by_key[key] = block
         self._write_header(block, WRITING)
@@ -126,8 +133,9 @@ class SlotTable:
         """WRITING has come to a good end."""
         block.state = READY
         block.holder = None
-        block.used_ms = now_ms
         extent, place = block.extent, block.place
+        block.used_ms = extent.size_class.used_ms = now_ms
+        block.ready_bytes = place.bytes
         extent.busy -= 1
         self._policy.admit(extent.slot_bytes, place.slot, place.origin)
         self.changes.add(place)
@@ -166,35 +174,65 @@ class SlotTable:
 
     # -- the use of a block ----------------------------------------------------------------------
 
-    def hold(self, block: Block, now_ms: int) -> None:
-        """One more that keeps a READY block from eviction; also a use of it."""
-        extent = block.extent
-        if not block.pins:
-            self._policy.hold(extent.slot_bytes, block.place.slot)
-            extent.busy += 1
-        block.pins += 1
-        block.used_ms = extent.size_class.used_ms = now_ms
+    def pin(self, blocks: Iterable[Block], now_ms: int) -> None:
+        """One more that keeps each of these READY blocks from eviction; also a use of it.
 
-    def free(self, block: Block) -> None:
-        """One fewer."""
-        block.pins -= 1
-        if not block.pins:
-            block.extent.busy -= 1
-            self._policy.free(block.extent.slot_bytes, block.place.slot)
+        The order of eviction hears nothing of it yet: a reader waits for the end of this loop. A
+        pinned block stays where it is in the order until the search for the coldest meets it, which
+        takes it out then: so that is paid once a pin at most, and mostly never.
+        """
+        last = None
+        for block in blocks:
+            extent = block.extent
+            if not block.pins:
+                extent.busy += 1
+            block.pins += 1
+            block.used_ms = now_ms
+            if extent is not last:  # neighbours in a chain mostly are in an extent
+                extent.size_class.used_ms = now_ms
+                last = extent
+
+    def unpin(self, blocks: Iterable[Block], *, is_hit: bool) -> None:
+        """One fewer, for each. The last one becomes the hottest. is_hit: it was a local reader that
+        had pinned them.
+        """
+        policy = self._policy
+        for block in blocks:
+            extent, slot = block.extent, block.place.slot
+            block.pins -= 1
+            if not block.pins:
+                extent.busy -= 1
+                if block.is_held:
+                    block.is_held = False
+                    policy.free(extent.slot_bytes, slot)
+            if is_hit:
+                policy.hit(extent.slot_bytes, slot)
+            else:
+                policy.touch(extent.slot_bytes, slot)
 
     def shield(self, wants: Iterable[tuple[BlockKey, int]], now_ms: int) -> list[Block]:
-        """Hold the READY ones of these until the caller frees them."""
-        shielded = []
-        for key, _ in wants:
-            block = self.by_key.get(key)
-            if block is not None and block.state is READY:
-                self.hold(block, now_ms)
-                shielded.append(block)
+        """Pin the READY ones of these until the caller unpins them."""
+        by_key = self.by_key
+        shielded = [
+            block
+            for key, _ in wants
+            if (block := by_key.get(key)) is not None and block.state is READY
+        ]
+        self.pin(shielded, now_ms)
         return shielded
 
-    def hit(self, block: Block) -> None:
-        """A local reader has pinned the block."""
-        self._policy.hit(block.extent.slot_bytes, block.place.slot)
+    def keep(self, block: Block) -> None:
+        """Its original goes, wherever it was."""
+        self._policy.keep(block.extent.slot_bytes, block.place.slot)
+
+    def read(self, block: Block, now_ms: int) -> None:
+        """A peer wanted the block."""
+        self._policy.read(block.extent.slot_bytes, block.place.slot)
+        block.used_ms = block.extent.size_class.used_ms = now_ms
+
+    def spare(self, block: Block) -> None:
+        """Another node is its home."""
+        self._policy.spare(block.extent.slot_bytes, block.place.slot)
 
     def touch(self, block: Block, now_ms: int) -> None:
         """Used without a pin."""
@@ -204,10 +242,11 @@ class SlotTable:
     # -- room ------------------------------------------------------------------------------------
 
     def free_slot(
-        self, class_bytes: int, search: Search, now_ms: int
+        self, class_bytes: int, search: Search, now_ms: int, *, evicts: bool
     ) -> tuple[Extent, SlotIndex] | None:
         """Make a slot of this size free for `occupy`, which must follow: a free one, of a spare
-        extent, of another class's extent, or the coldest block's. core.extents has the rule.
+        extent, and if it evicts, of another class's extent, or the coldest block's. core.extents
+        has the rule.
         """
         extents = self._extents
         size_class = extents.class_of(class_bytes)
@@ -216,10 +255,12 @@ class SlotTable:
             if size_class.open:
                 return extents.take(size_class)
         extent = extents.spare() if extents.spares else None
-        if extent is None and class_bytes not in search.settled:
+        if extent is None and evicts and class_bytes not in search.settled:
             extent = self._emptied_extent(class_bytes, size_class, search, now_ms)
         if extent is not None:
             return extents.take(self._cut(extent, class_bytes, now_ms))
+        if not evicts:
+            return None
         search.settled.add(class_bytes)
         coldest = self._coldest(size_class, search)
         if coldest is None:
@@ -232,6 +273,13 @@ class SlotTable:
     def drain_effects(self) -> list[Effect]:
         effects, self._effects = self._effects, []
         return effects
+
+    def take_doubtful(self, max_keys: int) -> list[BlockKey]:
+        """Of the size that has evicted last; see StoreCore.take_doubtful."""
+        slot_bytes, self._short_of_bytes = self._short_of_bytes, 0
+        slots = islice(self._policy.doubtful(slot_bytes), max_keys) if slot_bytes else ()
+        coldest = [self.blocks[slot] for slot in slots]
+        return [block.place.key for block in coldest if not block.pins]
 
     def snapshot(self) -> dict[str, Any]:
         return {
@@ -264,7 +312,9 @@ class SlotTable:
                 # Blocks of the list may have gone meanwhile, with an extent or one by one.
                 block = self.blocks.get(slots[-1])
                 if block is not None and block.state is READY:
-                    return block
+                    if not block.pins:
+                        return block
+                    self._hold(block)
                 slots.pop()
 
     def _emptied_extent(
@@ -290,11 +340,23 @@ class SlotTable:
         """
         coldest = self._policy.coldest(victim.slot_bytes, slot_count=victim.slot_count)
         warm_counts: dict[Extent, int] = {}
+        pinned = []
         for slot in islice(coldest, EXTENT_SCAN):
-            extent = self.blocks[slot].extent
+            block = self.blocks[slot]
+            extent = block.extent
+            if block.pins:
+                pinned.append(block)
             if not extent.busy:
                 warm_counts[extent] = warm_counts.get(extent, extent.occupied) - 1
+        for block in pinned:
+            self._hold(block)
         return min(warm_counts, key=warm_counts.__getitem__, default=None)
+
+    def _hold(self, block: Block) -> None:
+        """Out of the order of eviction until its last unpin: nobody has to step over it again."""
+        if not block.is_held:
+            block.is_held = True
+            self._policy.hold(block.extent.slot_bytes, block.place.slot)
 
     def _cut(self, extent: Extent, class_bytes: int, now_ms: int) -> SizeClass:
         generation = self._new_generation()
@@ -312,14 +374,17 @@ class SlotTable:
         return Generation(generation)
 
     def _adopted(self, kept: Kept, now_ms: int) -> Block:
-        extent = self._extents.extent_of(kept.place.slot)
-        return Block(kept.place, kept.state, extent, kept.writer, None, 0, now_ms)
+        place = kept.place
+        extent = self._extents.extent_of(place.slot)
+        row = pack_slot(place.slot, place.generation, place.offset)
+        return Block(place, row, kept.state, extent, kept.writer, None, now_ms)
 
     def _displace(self, block: Block) -> None:
         """Write a block without pins off, and leave its slot to the caller."""
         place = block.place
         assert block.state is READY, place
         assert not block.pins, place
+        self._short_of_bytes = block.extent.slot_bytes
         del self.by_key[place.key]
         del self.blocks[place.slot]
         self._policy.forget(block.extent.slot_bytes, place.slot)
@@ -348,7 +413,7 @@ class SlotTable:
         self._extents.check()
         occupied: dict[Extent, int] = {}
         busy: dict[Extent, int] = {}
-        evictable: dict[int, set[SlotIndex]] = {}
+        ordered: dict[int, set[SlotIndex]] = {}  # by slot size; with pinned ones that no search met
         ready: dict[SlotIndex, BlockKey] = {}
         for slot, block in self.blocks.items():
             place, extent = block.place, block.extent
@@ -361,13 +426,16 @@ class SlotTable:
             is_named = self.by_key.get(place.key) is block
             assert is_named == (block.state in {READY, WRITING}), "its key does not lead to it"
             assert block.pins == 0 or block.state is READY, "pinned, but not READY"
+            assert block.pins or not block.is_held, "held for nobody"
+            assert block.ready_bytes == (place.bytes if block.state is READY else 0)
+            assert block.row == pack_slot(slot, place.generation, place.offset)
             assert (block.holder is not None) == (block.state is WRITING), "held or not WRITING"
             occupied[extent] = occupied.get(extent, 0) + 1
             if block.state is READY:
                 ready[slot] = place.key
-            if block.state is READY and not block.pins:
-                evictable.setdefault(extent.slot_bytes, set()).add(slot)
-            else:
+            if block.state is READY and not block.is_held:
+                ordered.setdefault(extent.slot_bytes, set()).add(slot)
+            if block.state is not READY or block.pins:
                 busy[extent] = busy.get(extent, 0) + 1
         for key, block in self.by_key.items():
             assert self.blocks.get(block.place.slot) is block, "a key leads to no block"
@@ -381,7 +449,7 @@ class SlotTable:
                 self._policy.coldest(size_class.slot_bytes, slot_count=size_class.slot_count)
             )
             assert len(set(order)) == len(order), "twice in the order of eviction"
-            assert set(order) == evictable.get(size_class.slot_bytes, set()), "order of eviction"
+            assert set(order) == ordered.get(size_class.slot_bytes, set()), "order of eviction"
         self._policy.check(ready)
         self.changes.check(set(ready.values()))
         assert self._next_generation <= max(1, self._generation_mark)

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from kvray.core.adoption import Table
 from kvray.core.effects import Effect, MarkGeneration, Place, WriteExtent, WriteHeader
-from kvray.core.eviction import LruWithProbation, Policy
+from kvray.core.eviction import Policy, Segmented
 from kvray.core.ids import BlockKey, ClientId, Generation, Origin, SlotIndex
 from kvray.core.layout import Geometry, aligned
 from kvray.core.messages import Grant
@@ -69,10 +69,11 @@ class StoreCore:
         self._slots = SlotTable(
             geometry,
             generation_mark=generation_mark,
-            policy=policy or LruWithProbation(self._limits.probation_fraction),
+            policy=policy
+            or Segmented(self._limits.probation_fraction, self._limits.reused_fraction),
             recut_rest_ms=self._limits.recut_rest_ms,
         )
-        self._pins: dict[Holder, dict[SlotIndex, Block]] = {}
+        self._pins: dict[Holder, dict[Block, None]] = {}
         self._pin_count = 0
         self._reservations: dict[Holder, dict[SlotIndex, Block]] = {}
         self._reservation_count = 0
@@ -150,7 +151,8 @@ class StoreCore:
         held = self._pins.get(holder, {})
         before = len(held)
         room = self._limits.max_pins - self._pin_count + before
-        by_key, hold, hit = self._slots.by_key, self._slots.hold, self._slots.hit
+        by_key = self._slots.by_key
+        new: list[Block] = []
         sizes: Iterable[int | None] = (
             repeat(slot_bytes) if slot_bytes is None or isinstance(slot_bytes, int) else slot_bytes
         )
@@ -161,19 +163,39 @@ class StoreCore:
                 places.append(None)
                 continue
             place = block.place
-            if place.slot not in held:
+            if block not in held:
                 if (want_bytes is not None and place.bytes != want_bytes) or len(held) >= room:
                     places.append(None)
                     continue
-                held[place.slot] = block
-                hold(block, now_ms)
-                hit(block)
+                held[block] = None
+                new.append(block)
             places.append(place)
         assert len(places) == len(keys), "a size is missing"
+        self._slots.pin(new, now_ms)
         if held:
             self._pins[holder] = held
             self._pin_count += len(held) - before
         return places
+
+    def blocks_of(self, keys: Iterable[BlockKey]) -> list[Block | None]:
+        """The block of each key, READY or WRITING; void after the next call. For `pin_blocks`, so
+        that a long chain is gone through twice and no more.
+        """
+        return list(map(self._slots.by_key.get, keys))
+
+    def pin_blocks(self, holder: Holder, blocks: Sequence[Block], now_ms: int) -> bool:
+        """`pin`, all or nothing, of READY blocks for a holder that has pinned nothing yet. False
+        beyond max_pins.
+        """
+        assert holder not in self._pins, "has pinned something"
+        held = dict.fromkeys(blocks)
+        if self._pin_count + len(held) > self._limits.max_pins:
+            return False
+        if held:
+            self._slots.pin(held, now_ms)
+            self._pins[holder] = held
+            self._pin_count += len(held)
+        return True
 
     def unpin(self, holder: Holder) -> None:
         """Drop all pins of this holder. May be repeated.
@@ -185,15 +207,38 @@ class StoreCore:
         if held is None:
             return
         self._pin_count -= len(held)
-        for block in reversed(held.values()):
-            self._slots.free(block)
+        self._slots.unpin(reversed(held), is_hit=True)
 
     def touch(self, keys: Sequence[BlockKey], now_ms: int) -> None:
-        """Keys that a peer has read, or a chain whose last block was committed: head hottest."""
+        """A chain whose last block was committed: head hottest."""
         for key in reversed(keys):
             block = self._slots.by_key.get(key)
             if block is not None and block.state is READY:
                 self._slots.touch(block, now_ms)
+
+    def read(self, keys: Sequence[BlockKey], now_ms: int) -> None:
+        """Peers wanted these, of which this node is the home. A chain comes head first, and the
+        head becomes the hottest.
+        """
+        for key in reversed(keys):
+            block = self._slots.by_key.get(key)
+            if block is not None and block.state is READY:
+                self._slots.read(block, now_ms)
+
+    def spare(self, keys: Iterable[BlockKey]) -> None:
+        """Another node is the home of these: they may go before what only this node has."""
+        for key in keys:
+            block = self._slots.by_key.get(key)
+            if block is not None and block.state is READY:
+                self._slots.spare(block)
+
+    def keep(self, key: BlockKey) -> bool:
+        """A copy is no guest any more, since its original goes. False if it is not READY here."""
+        block = self._slots.by_key.get(key)
+        if block is None or block.state is not READY:
+            return False
+        self._slots.keep(block)
+        return True
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -205,12 +250,13 @@ class StoreCore:
         writer: int,
         origin: Origin,
         now_ms: int,
+        evicts: bool = True,
     ) -> list[Grant | Place]:
         """Find a slot for each (key, payload bytes): a Place, or PRESENT, or FULL.
 
-        Evicts as needed, but no block that is pinned, and none that this call answers PRESENT or
-        has given out. A size that no slot can have is FULL. writer: who will write into the slots,
-        as a row of the client table, or WRITER_NODE.
+        Evicts as needed (unless told not to), but no block that is pinned, and none that this call
+        answers PRESENT or has given out. A size that no slot can have is FULL. writer: who will
+        write into the slots, as a row of the client table, or WRITER_NODE.
         """
         slots, by_key = self._slots, self._slots.by_key
         shielded = slots.shield(wants, now_ms)
@@ -234,7 +280,7 @@ class StoreCore:
             ):
                 answers.append(Grant.FULL)
                 continue
-            found = slots.free_slot(class_bytes, search, now_ms)
+            found = slots.free_slot(class_bytes, search, now_ms, evicts=evicts)
             if found is None:
                 full.add(class_bytes)
                 answers.append(Grant.FULL)
@@ -247,8 +293,7 @@ class StoreCore:
         if mine:
             self._reservations[holder] = mine
             self._reservation_count += len(mine) - before
-        for block in reversed(shielded):
-            slots.free(block)
+        slots.unpin(reversed(shielded), is_hit=False)
         return answers
 
     def commit(self, holder: Holder, slot: SlotIndex, generation: Generation, now_ms: int) -> bool:
@@ -353,6 +398,37 @@ class StoreCore:
         """What the directory has not heard, at most so many: blocks added, keys removed."""
         return self._slots.changes.drain(max_changes)
 
+    def take_doubtful(self, max_keys: int) -> list[BlockKey]:
+        """Blocks that go soon, if something had to go since the last call: of which it matters
+        whether another node has them. At most so many.
+        """
+        return self._slots.take_doubtful(max_keys)
+
+    def forget_changes(self) -> None:
+        """The directory will ask for everything that is READY."""
+        self._slots.changes.forget()
+
+    def begin_listing(self) -> list[Block]:
+        """All blocks, for `list_ready` to tell of bit by bit; changes are counted from now on.
+
+        10 ms for a million, which is why nothing is asked of them yet.
+        """
+        self.forget_changes()
+        return list(self._slots.blocks.values())
+
+    def list_ready(self, blocks: Iterable[Block]) -> list[Place]:
+        """Those of `begin_listing` that are READY, and have been since: what has become READY later
+        is a change, and has to stay one, or a remove would cancel it without a word.
+        """
+        current, is_add = self._slots.blocks, self._slots.changes.is_add
+        return [
+            block.place
+            for block in blocks
+            if block.state is READY
+            and current.get(block.place.slot) is block
+            and not is_add(block.place.key)
+        ]
+
     def entries(self) -> Iterator[Place]:
         """All READY blocks. Void after the next call; make a list of it."""
         return (b.place for b in self._slots.blocks.values() if b.state is READY)
@@ -363,7 +439,7 @@ class StoreCore:
             "ready": len(self._slots.by_key) - self._reservation_count,
             "writing": self._reservation_count,
             "quarantined": len(self._quarantine),
-            "pinned": len({slot for held in self._pins.values() for slot in held}),
+            "pinned": len({block.place.slot for held in self._pins.values() for block in held}),
             "pins": self._pin_count,
         }
 
@@ -390,7 +466,8 @@ class StoreCore:
         pins: dict[SlotIndex, int] = {}
         for held in self._pins.values():
             assert held, "a holder of nothing"
-            for slot, block in held.items():
+            for block in held:
+                slot = block.place.slot
                 assert blocks.get(slot) is block, "pinned, but gone"
                 pins[slot] = pins.get(slot, 0) + 1
         writing: dict[SlotIndex, Holder] = {}

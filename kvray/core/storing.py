@@ -34,6 +34,7 @@ class Storing:
         self._clients = clients
         self._slab_id = slab_id
         self._effects: list[Effect | WriteClient] = []
+        self.is_draining = False  # the node is about to leave: engines store nothing more
         self.has_changes = False  # for the directory; the caller sets it back
         self.counters = dict.fromkeys(
             ("granted", "present", "dropped", "committed", "abandoned", "quarantined"), 0
@@ -41,6 +42,8 @@ class Storing:
 
     def drain_effects(self) -> list[Effect | WriteClient]:
         """What the slab must be told, in this order, before any answer leaves."""
+        if not self._effects:
+            return [*self._store.drain_effects()]
         effects, self._effects = self._effects, []
         effects += self._store.drain_effects()
         return effects
@@ -57,10 +60,12 @@ class Storing:
         sizes: list[int] = []
         for length, slot_bytes in zip(message.run_lengths, message.run_slot_bytes, strict=True):
             sizes += [slot_bytes] * length
-        holder = (client.client_id, message.op)
-        answers = self._reserve(
-            holder, list(zip(keys, sizes, strict=True)), client.row, Origin.ORIGINAL, now_ms
-        )
+        wants = list(zip(keys, sizes, strict=True))
+        if self.is_draining:
+            answers = [self._present_or_full(key) for key in keys]
+        else:
+            holder = (client.client_id, message.op)
+            answers = self._reserve(holder, wants, client.row, Origin.ORIGINAL, now_ms)
         grants = bytearray()
         places: list[Place] = []
         for answer in answers:
@@ -80,7 +85,9 @@ class Storing:
         if message.slab_id != self._slab_id:
             return []
         keys: list[BlockKey] = []
-        for slot, generation, _ in unpack_slots(message.slots):
+        # The last one first: what becomes READY later is hotter, and the head of a chain is worth
+        # the most, since without it the others are worth nothing.
+        for slot, generation, _ in reversed(unpack_slots(message.slots)):
             holder = self._holder(client, slot)
             occupant = self._store.occupant(slot, generation)
             if occupant is None:
@@ -91,8 +98,7 @@ class Storing:
             else:
                 self._release_own(client, slot, generation)
         if keys:
-            # In the order of the chain the tail would be the hottest, and is worth the least.
-            self._store.touch(keys, now_ms)
+            keys.reverse()
             self.counters["committed"] += len(keys)
             self.has_changes = True
         return keys
@@ -166,9 +172,9 @@ class Storing:
     # -- fetches ---------------------------------------------------------------------------------
 
     def reserve_targets(
-        self, wants: Sequence[tuple[BlockKey, int]], now_ms: int
+        self, wants: Sequence[tuple[BlockKey, int]], now_ms: int, *, evicts: bool
     ) -> list[Grant | Place]:
-        return self._reserve(FETCH_HOLDER, wants, WRITER_NODE, Origin.COPY, now_ms)
+        return self._reserve(FETCH_HOLDER, wants, WRITER_NODE, Origin.COPY, now_ms, evicts=evicts)
 
     def commit_targets(self, places: Iterable[Place], now_ms: int) -> None:
         for place in places:
@@ -198,15 +204,23 @@ class Storing:
         writer: int,
         origin: Origin,
         now_ms: int,
+        *,
+        evicts: bool = True,
     ) -> list[Grant | Place]:
         self._effects += self._store.drain_effects()
-        answers = self._store.reserve(holder, wants, writer=writer, origin=origin, now_ms=now_ms)
+        answers = self._store.reserve(
+            holder, wants, writer=writer, origin=origin, now_ms=now_ms, evicts=evicts
+        )
         effects = self._store.drain_effects()
         granted = sum(isinstance(answer, Place) for answer in answers)
         # One header each; whatever comes on top has evicted something, but for a mark now and then.
         self.has_changes = self.has_changes or len(effects) > granted
         self._effects += effects
         return answers
+
+    def _present_or_full(self, key: BlockKey) -> Grant | Place:
+        is_here = self._store.find(key) is not None or self._store.is_writing(key)
+        return Grant.PRESENT if is_here else Grant.FULL
 
     def _holder(self, client: Client, slot: SlotIndex) -> tuple[ClientId, OpId] | None:
         op = client.writing.get(slot)

@@ -1,6 +1,7 @@
 """Who waits for which block, and what each is to be told.
 
     open ─▶ join, for each key ─▶ settled, left, or due: told once at most, then gone
+                       └▶ (told where it will be, once its slot is known)
 
 A waiter is a Lookup. It has one deadline for all its keys, and exists here as long as it waits.
 """
@@ -8,8 +9,9 @@ A waiter is a Lookup. It has one deadline for all its keys, and exists here as l
 from collections.abc import Iterable
 from typing import Any
 
-from kvray.core.commands import Arrived, Missed, MissReason, Waiter
+from kvray.core.commands import Arrived, Coming, Missed, MissReason, Waiter
 from kvray.core.deadlines import Deadlines
+from kvray.core.effects import Place
 from kvray.core.ids import BlockKey
 
 
@@ -20,6 +22,7 @@ class Waits:
         self._keys: dict[Waiter, dict[BlockKey, None]] = {}
         self._waiters: dict[BlockKey, dict[Waiter, None]] = {}
         self._deadlines: Deadlines[Waiter] = Deadlines()
+        self._coming: dict[Waiter, dict[BlockKey, Place]] = {}  # to be told
         self._arrived: dict[Waiter, list[BlockKey]] = {}  # to be told
         self._missed: dict[tuple[Waiter, MissReason], list[BlockKey]] = {}  # to be told
 
@@ -64,6 +67,15 @@ class Waits:
                     unwanted.append(key)
         return unwanted
 
+    def come(self, place: Place) -> None:
+        """Everyone who waits for its key is told where it will be."""
+        for waiter in self._waiters.get(place.key, ()):
+            self.tell_coming(waiter, place)
+
+    def tell_coming(self, waiter: Waiter, place: Place) -> None:
+        """One that has begun to wait when the slot was known already."""
+        self._coming.setdefault(waiter, {})[place.key] = place
+
     def arrive(self, key: BlockKey) -> None:
         """Everyone who waits for the key is told that it is there."""
         for waiter in list(self._waiters.get(key, ())):
@@ -87,16 +99,20 @@ class Waits:
     def next_ms(self) -> int | None:
         return self._deadlines.next_ms()
 
-    def take_told(self) -> list[Arrived | Missed]:
-        """What has been settled since the last call."""
-        if not self._arrived and not self._missed:
+    def take_told(self) -> list[Coming | Arrived | Missed]:
+        """What there is to tell since the last call: what is coming first, since some of it may
+        have been settled since.
+        """
+        if not self._coming and not self._arrived and not self._missed:
             return []
-        told: list[Arrived | Missed] = [
-            Arrived(waiter, tuple(keys)) for waiter, keys in self._arrived.items()
+        told: list[Coming | Arrived | Missed] = [
+            Coming(waiter, tuple(places.values())) for waiter, places in self._coming.items()
         ]
+        told += [Arrived(waiter, tuple(keys)) for waiter, keys in self._arrived.items()]
         told += [
             Missed(waiter, tuple(keys), reason) for (waiter, reason), keys in self._missed.items()
         ]
+        self._coming.clear()
         self._arrived.clear()
         self._missed.clear()
         return told
@@ -125,6 +141,7 @@ class Waits:
         assert all(waiter in self._deadlines for waiter in self._keys), "waits for ever"
         assert len(self._deadlines) == len(self._keys), "a deadline of nobody"
         self._deadlines.check()
+        assert not self._coming, "not told"
         assert not self._arrived, "not told"
         assert not self._missed, "not told"
         if wanted is not None:

@@ -25,9 +25,12 @@ from kvray.actors import (
     RAY_NAMESPACE,
     alive_nodes,
     ending_on_bug,
+    keep_what_is_loaded,
     log_to_stderr,
     node_store_name,
     refuse_optimized,
+    run_at_normal_priority,
+    take_short_turns,
 )
 from kvray.config import Config
 from kvray.core.codec import decode, encode
@@ -58,6 +61,9 @@ class Directory:
     def __init__(self, settings: dict[str, object], place: Place, starter: str) -> None:
         refuse_optimized()
         log_to_stderr()
+        run_at_normal_priority()
+        take_short_turns()
+        keep_what_is_loaded()
         self._config = Config.parse(settings)
         self._starter = starter
         # Nobody remembers the term before; the wall clock in ms is greater than it, since a
@@ -120,7 +126,13 @@ class Directory:
     def status(self) -> dict[str, Any]:
         """What the core knows of its nodes and entries, as plain data."""
         with self._deciding() as core:
-            return core.snapshot()
+            return core.snapshot() | {"retired": self._supervisor.retired()}
+
+    def retire(self, node_id: str) -> None:
+        """No NodeStore is made on this Ray node any more. A directory that is restarted forgets
+        it, and the node gets an empty one again.
+        """
+        self._supervisor.retire(node_id)
 
     def stop_supervising(self) -> None:
         """No NodeStore is made after this returns; what is there stays."""
@@ -170,10 +182,15 @@ class Supervisor(threading.Thread):
         self._on_node_dead = on_node_dead
         self._stopping = stopping
         self._placed: set[str] = set()  # Ray nodes that are alive and have been given one
+        self._retired: set[str] = set()  # drained: they get none any more
         self._names_due_s = 0.0
 
-    def expected(self) -> list[str]:
-        return sorted(self._placed)
+    def retire(self, node_id: str) -> None:
+        """May be called from any thread."""
+        self._retired.add(node_id)
+
+    def retired(self) -> list[str]:
+        return sorted(self._retired)
 
     def run(self) -> None:
         with ending_on_bug("the directory's supervisor"):
@@ -194,7 +211,8 @@ class Supervisor(threading.Thread):
         if time.monotonic() >= self._names_due_s:
             self._forget_killed()
             self._names_due_s = time.monotonic() + NAMES_PERIOD_S
-        for node_id in sorted(alive - self._placed):
+        self._retired &= alive
+        for node_id in sorted(alive - self._placed - self._retired):
             if self._stopping.is_set():
                 return
             self._place(self._config.to_dict(), node_id)
@@ -210,6 +228,8 @@ class Supervisor(threading.Thread):
         for node_id in list(self._placed):
             if node_store_name(self._config.cluster_name, node_id) not in names:
                 self._placed.discard(node_id)
+                if node_id in self._retired:
+                    continue
                 logger.warning("the NodeStore of Ray node %s was killed", node_id)
 
 

@@ -132,6 +132,7 @@ class KVRayConnector(OffloadingConnector):
     def on_new_request(self, request: Any) -> None:
         super().on_new_request(request)
         self._describe(request)
+        self._begin_early(request)
 
     @guarded(nothing)
     def _describe(self, request: Any) -> None:
@@ -153,7 +154,21 @@ class KVRayConnector(OffloadingConnector):
         return answer
 
     @guarded(nothing)
-    def _begin_lookup(self, request: Any, num_computed_tokens: int) -> None:
+    def _begin_early(self, request: Any) -> None:
+        """The scheduler may be busy with others for some steps yet: what peers have can come
+        meanwhile. Not for several cache groups, whose hit on the device only vLLM can tell.
+        """
+        groups = self.connector_scheduler.config.kv_group_configs
+        if len(groups) != 1 or self._block_pool is None:
+            return
+        computed_tokens = versions.device_hit_tokens(
+            self._block_pool, request, groups[0], self.connector_scheduler.config.tokens_per_hash
+        )
+        if computed_tokens is not None:
+            self._begin_lookup(request, computed_tokens, early=True)
+
+    @guarded(nothing)
+    def _begin_lookup(self, request: Any, num_computed_tokens: int, *, early: bool = False) -> None:
         if request.skip_reading_prefix_cache:
             return
         scheduler = self.connector_scheduler
@@ -171,7 +186,7 @@ class KVRayConnector(OffloadingConnector):
                 scheduler.config.kv_group_configs, status.group_states, strict=True
             )
         ]
-        self.lookups.begin(request.request_id, runs)
+        self.lookups.begin(request.request_id, runs, early=early)
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         if self.faulted is not None:
@@ -187,7 +202,7 @@ class KVRayConnector(OffloadingConnector):
 
     @guarded(nothing)
     def _note_jobs(self, meta: Any, scheduler_output: Any) -> None:
-        """The only place where a job's id and its reservation meet."""
+        """A step begins. The only place where a job's id and its reservation meet."""
         for job_id, job in meta.store_jobs.items():
             if isinstance(job.dst_spec, SlotSpec):
                 self._ledger.begin(job_id, JobKind.STORE, job.dst_spec)
@@ -196,6 +211,18 @@ class KVRayConnector(OffloadingConnector):
             if view is not None:
                 self._ledger.begin(job_id, JobKind.LOAD, (job.req_id, view))
         self.lookups.scheduled(scheduler_output.num_scheduled_tokens)
+        self.lookups.prefill_rate.step_begins(
+            scheduler_output.total_num_scheduled_tokens, time.monotonic()
+        )
+
+    def take_events(self) -> Any:
+        # The one thing that vLLM asks of a connector at the end of every step.
+        self._note_step_end()
+        return super().take_events()
+
+    @guarded(nothing)
+    def _note_step_end(self) -> None:
+        self.lookups.prefill_rate.step_ends(time.monotonic())
 
     def has_pending_push_work(self) -> bool:
         # Jobs that a reset made stale are forgotten by vLLM, not by us: their slots come back
@@ -241,6 +268,7 @@ class KVRayConnector(OffloadingConnector):
             "uncached": self._uncached or self.faulted or lookups.faulted,
             "slot_bytes": dict(lookups.slot_bytes or {}),
             "pending": self.pending(),
+            "prefill_tokens_per_s": lookups.prefill_rate.tokens_per_s,
             "unacknowledged": client.snapshot()["unacknowledged"] if client is not None else 0,
             "counters": {**lookups.counters, **(client.counters if client is not None else {})},
         }

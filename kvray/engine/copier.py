@@ -34,6 +34,7 @@ logger = logging.getLogger("kvray.engine")
 CPU_THREADS = 2  # one moves about two thirds of what two move; more would be the engine's cores
 MIN_SPLIT_BYTES = 4 * 1024**2  # 0.3 ms of copying; waking the second thread takes 0.05 ms
 MAX_PART_BYTES = 64 * 1024**2  # so that a load waits at most 6 ms behind a part of a store
+LOOK_S = 0.001  # at what has arrived: a batch of a fetch takes 5 ms, a look 0.02 ms
 CLOSE_LIMIT_S = 30.0  # what is queued is copied first; 30 s are 300 GB
 
 
@@ -108,6 +109,19 @@ def build_transfers(
     return device, slab, piece_bytes
 
 
+def slot_ends(
+    groups: Sequence[GroupPages], *, group_sizes: Sequence[int], block_indices: Sequence[int]
+) -> npt.NDArray[np.int64]:
+    """For each slot of a job, in the order of build_transfers, the end of its rows there."""
+    counts = []
+    for group, block_count, block_index in zip(groups, group_sizes, block_indices, strict=True):
+        if block_count:
+            first = block_index % group.blocks_per_chunk
+            chunks = np.arange(first, first + block_count) // group.blocks_per_chunk
+            counts.append(np.bincount(chunks) * len(group.pages))
+    return np.cumsum(np.concatenate(counts)) if counts else np.empty(0, np.int64)
+
+
 def _group_transfers(
     group: GroupPages, block_ids: Pointers, *, skipped_blocks: int, part_pointers: Pointers
 ) -> tuple[Pointers, Pointers, Pointers]:
@@ -146,6 +160,10 @@ class Executor(Protocol):
     Each submitted job is reported by finished() exactly once. verify runs after the last byte has
     arrived and before the job is reported; if it returns False or raises, the job is not ok.
     keep_alive is held until then: what the pointers point into.
+
+    arrived: how many of the first pieces have a whole source by now, or None if the others never
+    will, and then the job is not ok. It is asked until it says all or None, by one thread at a
+    time; what it has named is copied meanwhile, and other jobs are not held up.
     """
 
     def submit(
@@ -155,6 +173,7 @@ class Executor(Protocol):
         targets: Pointers,
         piece_bytes: Pointers,
         *,
+        arrived: Callable[[], int | None] | None = None,
         verify: Callable[[], bool] | None = None,
         keep_alive: object = None,
         urgent: bool = False,
@@ -167,13 +186,17 @@ class Executor(Protocol):
         """Jobs that have ended since the last call. Does not wait."""
 
     def wait(self, job_ids: Iterable[int]) -> None:
-        """Returns when none of these is under way any more. They are still reported."""
+        """Returns when none of these is under way any more. They are still reported. What has not
+        arrived yet is not waited for: such a job is not ok.
+        """
 
     def wait_any(self, timeout_s: float) -> bool:
         """Waits for a job to end that finished() has not told yet; whether there is one."""
 
     def close(self) -> None:
-        """Returns when everything that was submitted has ended; later jobs end as not ok."""
+        """Returns when everything that was submitted has ended; what has not arrived yet and later
+        jobs end as not ok.
+        """
 
 
 @dataclass(slots=True, eq=False)
@@ -182,7 +205,7 @@ class _Job:
     verify: Callable[[], bool] | None
     keep_alive: object
     bytes: int
-    parts_left: int
+    parts_left: int = 0  # queued or under way; and one if more of it is to arrive
     ok: bool = True
     started_s: float | None = None
 
@@ -198,9 +221,32 @@ class _Part(NamedTuple):
         return True
 
 
+@dataclass(slots=True, eq=False)
+class _Arriving:
+    """A job whose sources are still coming: one more part of it, until they have or never will.
+    begun: how many of its first pieces are copied or queued.
+    """
+
+    whole: _Part
+    arrived: Callable[[], int | None]
+    urgent: bool
+    begun: int = 0
+
+    def look(self) -> int | None:
+        """See Executor. An error of the look is the end of the job, as one of its copy."""
+        try:
+            return self.arrived()
+        except Exception:
+            logger.exception("copy job %d failed", self.whole.job.job_id)
+            return None
+
+
 class CpuExecutor:
     """An Executor of threads. A large job is divided among them; jobs of equal urgency begin in
     the order of their submission.
+
+    While a job has sources that are still coming, one thread that has nothing to copy looks at them
+    every LOOK_S; the others, and all of them otherwise, sleep until there is something to do.
     """
 
     def __init__(self, threads: int | None = None) -> None:
@@ -209,6 +255,8 @@ class CpuExecutor:
         self._changed = threading.Condition()  # guards everything below
         self._urgent: deque[_Part] = deque()
         self._patient: deque[_Part] = deque()
+        self._arriving: list[_Arriving] = []
+        self._somebody_looks = False
         self._under_way: dict[int, _Job] = {}
         self._ended: list[CopyEnd] = []
         self._closing = False
@@ -226,30 +274,28 @@ class CpuExecutor:
         targets: Pointers,
         piece_bytes: Pointers,
         *,
+        arrived: Callable[[], int | None] | None = None,
         verify: Callable[[], bool] | None = None,
         keep_alive: object = None,
         urgent: bool = False,
     ) -> None:
         assert len(sources) == len(targets) == len(piece_bytes)
-        cuts = _cuts(piece_bytes, thread_count=self._thread_count)
         job = _Job(
-            job_id=job_id,
-            verify=verify,
-            keep_alive=keep_alive,
-            bytes=int(piece_bytes.sum()),
-            parts_left=len(cuts) - 1,
+            job_id=job_id, verify=verify, keep_alive=keep_alive, bytes=int(piece_bytes.sum())
         )
-        parts = [
-            _Part(job, sources[begin:end], targets[begin:end], piece_bytes[begin:end])
-            for begin, end in pairwise(cuts)
-        ]
+        whole = _Part(job, sources, targets, piece_bytes)
         with self._changed:
             assert job_id not in self._under_way, f"job {job_id} is under way already"
             if self._closing:
                 self._ended.append(CopyEnd(job_id, ok=False, bytes=0, seconds=0.0))
                 return
             self._under_way[job_id] = job
-            (self._urgent if urgent else self._patient).extend(parts)
+            if arrived is None:
+                self._queue(whole, 0, len(sources), urgent=urgent)
+            else:
+                job.parts_left = 1
+                self._arriving.append(_Arriving(whole, arrived, urgent))
+                self._look()
             self._changed.notify_all()
 
     def finished(self) -> list[CopyEnd]:
@@ -260,6 +306,9 @@ class CpuExecutor:
     def wait(self, job_ids: Iterable[int]) -> None:
         waited_for = set(job_ids)
         with self._changed:
+            for arriving in list(self._arriving):
+                if arriving.whole.job.job_id in waited_for:
+                    self._end_arriving(arriving, ok=False)
             self._changed.wait_for(lambda: self._under_way.keys().isdisjoint(waited_for))
 
     def wait_any(self, timeout_s: float) -> bool:
@@ -270,6 +319,8 @@ class CpuExecutor:
     def close(self) -> None:
         with self._changed:
             self._closing = True
+            for arriving in list(self._arriving):
+                self._end_arriving(arriving, ok=False)
             self._changed.notify_all()
         deadline_s = time.monotonic() + CLOSE_LIMIT_S
         for thread in self._threads:
@@ -284,7 +335,15 @@ class CpuExecutor:
     def _next_part(self) -> _Part | None:
         """Waits for one; None at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._urgent or self._patient or self._closing)
+            while True:
+                self._look()
+                if self._urgent or self._patient or self._closing:
+                    break
+                looks = bool(self._arriving) and not self._somebody_looks
+                self._somebody_looks = self._somebody_looks or looks
+                self._changed.wait(LOOK_S if looks else None)
+                if looks:
+                    self._somebody_looks = False
             parts = self._urgent or self._patient
             if not parts:
                 return None
@@ -292,6 +351,41 @@ class CpuExecutor:
             if part.job.started_s is None:
                 part.job.started_s = time.perf_counter()
             return part
+
+    def _look(self) -> None:
+        """Queue what has arrived since the last look. The lock is held."""
+        for arriving in list(self._arriving):
+            count = arriving.look()
+            if count is None:
+                self._end_arriving(arriving, ok=False)
+                continue
+            if count > arriving.begun:
+                self._queue(arriving.whole, arriving.begun, count, urgent=arriving.urgent)
+                arriving.begun = count
+            if count == len(arriving.whole.sources):
+                self._end_arriving(arriving, ok=True)
+
+    def _end_arriving(self, arriving: _Arriving, *, ok: bool) -> None:
+        """Nothing more of this job is to be queued but an empty part, which ends it if the others
+        have ended. The lock is held.
+        """
+        self._arriving.remove(arriving)
+        job = arriving.whole.job
+        job.ok = job.ok and ok
+        job.parts_left -= 1
+        self._queue(arriving.whole, 0, 0, urgent=arriving.urgent)
+
+    def _queue(self, whole: _Part, begin: int, end: int, *, urgent: bool) -> None:
+        """Pieces [begin, end) of a job, divided among the threads. The lock is held."""
+        job = whole.job
+        cuts = _cuts(whole.piece_bytes[begin:end], thread_count=self._thread_count)
+        parts = [
+            _Part(job, *(column[begin + first : begin + last] for column in whole[1:]))
+            for first, last in pairwise(cuts)
+        ]
+        job.parts_left += len(parts)
+        (self._urgent if urgent else self._patient).extend(parts)
+        self._changed.notify_all()
 
     def _end_part(self, job: _Job, *, ok: bool) -> None:
         with self._changed:

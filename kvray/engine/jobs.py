@@ -21,7 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
 )
 from vllm.v1.kv_offload.base import LoadStoreSpec
 
-from kvray.core.ids import BlockKey
+from kvray.core.ids import KEY_BYTES, BlockKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,8 @@ class SlotSpec(LoadStoreSpec):
     slots, generations, offsets, slot_bytes: shape (n,). offsets are those of the whole slot, from
     the start of the slab; rank r's part of a slot starts at r times its part_bytes.
     keys: n x 16 bytes. slab_id names the slab that all of this is about; empty for a job that can
-    only fail (its NodeStore was lost between look-up and load).
+    only fail (its NodeStore was lost between look-up and load). wait_ms: of a load, some slots of
+    which are not READY yet: how long to wait for them, from the receipt on. 0: all were READY.
     """
 
     slab_id: bytes
@@ -40,6 +41,7 @@ class SlotSpec(LoadStoreSpec):
     generations: npt.NDArray[np.uint64]
     offsets: npt.NDArray[np.uint64]
     slot_bytes: npt.NDArray[np.uint64]
+    wait_ms: int = 0
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -51,6 +53,8 @@ class SlotSpec(LoadStoreSpec):
         keys: Sequence[BlockKey],
         places: Sequence[tuple[int, int, int]],
         slot_bytes: Sequence[int],
+        *,
+        wait_ms: int = 0,
     ) -> "SlotSpec":
         """places: (slot, generation, offset) for each key."""
         assert len(keys) == len(places) == len(slot_bytes)
@@ -62,12 +66,17 @@ class SlotSpec(LoadStoreSpec):
             generations=columns[:, 1].copy(),
             offsets=columns[:, 2].copy(),
             slot_bytes=np.array(slot_bytes, dtype=np.uint64),
+            wait_ms=wait_ms,
         )
 
     @classmethod
     def void(cls) -> "SlotSpec":
         """A job that fails on every rank."""
         return cls.of(b"", [], [], [])
+
+    def keys_from(self, index: int) -> bytes:
+        """The keys from the slot at this index on."""
+        return self.keys[index * KEY_BYTES :]
 
     def places(self) -> list[tuple[int, int, int]]:
         return list(

@@ -4,8 +4,12 @@ vLLM asks key by key and step by step; kvray asks its NodeStore once per request
 chain of keys, and answers every later question from memory:
 
     begin ──▶ ticket open ──all keys HIT or MISS, or the deadline──▶ vLLM loads the hits
-                 │                                                        │
-                 └──finished, preempted, renewed──▶ unpin ◀──copy ended───┘
+                 │     └────the first HIT, the rest COMING────▶ vLLM loads both   │
+                 └──finished, preempted, renewed──▶ unpin ◀──copy ended───────────┘
+
+vLLM loads once for a request. So that a long chain need not be there as a whole before its load
+begins, what is on its way from a peer into a known slot counts as a hit, as soon as a first block
+has come; the workers wait for each slot (engine.arrivals). What fails to come is a failed load.
 
 A request has one deadline for everything that kvray does for it. After it, after one failed load
 and after a change of weights, its answers are misses until it ends or is preempted.
@@ -39,9 +43,16 @@ from kvray.engine import versions
 from kvray.engine.guard import guarded, nothing
 from kvray.engine.jobs import SlotSpec
 from kvray.engine.namespace import digest, renewed
+from kvray.engine.prefill_rate import PrefillRate
 from kvray.node.client import NodeClient, Ticket
 
 logger = logging.getLogger("kvray.engine")
+
+MAX_EARLY_LOOKUPS = 4  # the next few: what they have found can not be evicted while they wait
+# Steps in which a request's chunks are offered again when the NodeStore did not answer in time. An
+# answer that is late by more than so many steps is no hiccup of a busy host; and vLLM logs a line
+# for each.
+MAX_POSTPONED_STEPS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +89,20 @@ class RequestView:
     ticket: Ticket | None = None
     index: dict[OffloadKey, int] = field(default_factory=dict)
     deadline_s: float = 0.0
+    held_s: float = 0.0  # since when its answer is RETRY; 0 while it is not
     loading: bool = False
     finished: bool = False
+    postponed_steps: int = 0  # since its last store
+    postponed_chunks: int = 0  # offered, not stored, to be offered again
+    early: bool = False  # its ticket is from before the scheduler asked
+
+    def is_outdated(self, runs: Sequence[Run]) -> bool:
+        """Whether an early answer may not be the best that there is by now: somebody may have
+        stored what was missing, or the device evicted what it had.
+        """
+        if self.ticket is None or KeyState.MISS in self.ticket.states:
+            return True
+        return any(key not in self.index for run in runs for key in run.keys[:1])
 
 
 class Lookups(OffloadingManager):
@@ -96,6 +119,7 @@ class Lookups(OffloadingManager):
         self.slot_bytes: dict[int, int] | None = None
         self.tainted = False  # device blocks of old weights may still be cached: store nothing
         self.draining = False
+        self.prefill_rate = PrefillRate()
         self._requests: dict[str, RequestView] = {}
         self._with_ticket: dict[str, RequestView] = {}
         self.counters: dict[str, int] = dict.fromkeys(
@@ -106,6 +130,7 @@ class Lookups(OffloadingManager):
                 "stored_chunks",
                 "stored_bytes",
                 "dropped_chunks",
+                "early_loads",
                 "failed_loads",
                 "failed_stores",
                 "lookups",
@@ -145,12 +170,20 @@ class Lookups(OffloadingManager):
             if not shareable:
                 view.access = Access.BARRED
 
-    def begin(self, req_id: str, runs: Sequence[Run]) -> None:
-        """Ask for all keys of a request at once; idempotent until its ticket ends."""
+    def begin(self, req_id: str, runs: Sequence[Run], *, early: bool = False) -> None:
+        """Ask for all keys of a request at once; idempotent until its ticket ends. early: before
+        the scheduler asks, while it has other work. Then a few at a time, since each holds what it
+        has found, and a question that finds no answer will be asked again.
+        """
         view = self._requests.get(req_id)
+        if view is not None and view.early and not early:
+            view.early = False
+            if view.is_outdated(runs):
+                self._release(req_id, view)
         if (
             view is None
             or view.ticket is not None
+            or (early and len(self._with_ticket) >= MAX_EARLY_LOOKUPS)
             or view.access is not Access.OPEN
             or self.slot_bytes is None
             or self.draining
@@ -167,31 +200,46 @@ class Lookups(OffloadingManager):
             run_is_prefix=[run.is_prefix for run in runs],
             run_slot_bytes=[self.slot_bytes[run.group] for run in runs],
             deadline_ms=self._config.lookup_deadline_ms,
+            key_compute_us=self._key_compute_us(runs),
         )
         if ticket is None:
-            view.access = Access.MISSING
+            if not early:
+                view.access = Access.MISSING
             return
         view.ticket = ticket
+        view.early = early
         view.index = {key: i for i, key in enumerate(offload_keys)}
         view.deadline_s = time.monotonic() + self._config.lookup_deadline_ms / 1_000
         self._with_ticket[req_id] = view
+
+    def _key_compute_us(self, runs: Sequence[Run]) -> int:
+        """What computing one block would take; a chunk's time is shared by its cache groups."""
+        if not self._config.break_even:
+            return 0
+        tokens = min(self._tokens_per_chunk[run.group] for run in runs)
+        return round(self.prefill_rate.us_per_token * tokens / len(runs))
 
     @guarded(lambda *_: LookupResult.MISS)
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         view = self._requests.get(req_context.req_id)
         if view is None or view.ticket is None or (i := view.index.get(key)) is None:
             return LookupResult.MISS
-        state = view.ticket.states[i]
+        ticket = view.ticket
+        may_load_early = self._config.loads_early and ticket.arriving
+        if view.held_s and (may_load_early or ticket.settled):
+            self._end_hold(view)
+        state = ticket.states[i]
         if state == KeyState.HIT:
+            return LookupResult.HIT
+        if state == KeyState.COMING and may_load_early and view.access is Access.OPEN:
             return LookupResult.HIT
         if state == KeyState.MISS or view.access is not Access.OPEN:
             return LookupResult.MISS
-        waited_s = self._config.lookup_deadline_ms / 1_000 - (view.deadline_s - time.monotonic())
-        self.counters["longest_wait_ms"] = max(
-            self.counters["longest_wait_ms"], int(waited_s * 1_000)
-        )
-        if time.monotonic() < view.deadline_s:
+        now_s = time.monotonic()
+        view.held_s = view.held_s or now_s
+        if now_s < view.deadline_s:
             return LookupResult.RETRY
+        self._end_hold(view)
         # Whatever has arrived by now counts; the rest of this request is computed.
         view.access = Access.MISSING
         self.counters["expired_lookups"] += 1
@@ -207,6 +255,7 @@ class Lookups(OffloadingManager):
         view.loading = True
         if ticket is None or slot_bytes is None or session is None:
             return SlotSpec.void()
+        wait_ms = 0
         block_key_list: list[BlockKey] = []
         places: list[tuple[int, int, int]] = []
         sizes: list[int] = []
@@ -214,7 +263,9 @@ class Lookups(OffloadingManager):
             index = view.index[key]
             place = ticket.place(index)
             if place is None:
-                return SlotSpec.void()
+                return SlotSpec.void()  # it was coming a moment ago
+            if ticket.states[index] != KeyState.HIT and not wait_ms:
+                wait_ms = max(1, round((view.deadline_s - time.monotonic()) * 1_000))
             group = get_offload_group_idx(key)
             block_key_list.append(ticket.keys[index])
             places.append(place)
@@ -223,7 +274,8 @@ class Lookups(OffloadingManager):
             if group == min(slot_bytes):  # tokens once, not once a group
                 self.counters[source] += self._tokens_per_chunk[group]
         self.counters["loaded_bytes"] += sum(sizes)
-        return SlotSpec.of(ticket.slab_id, block_key_list, places, sizes)
+        self.counters["early_loads"] += wait_ms > 0
+        return SlotSpec.of(ticket.slab_id, block_key_list, places, sizes, wait_ms=wait_ms)
 
     def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> Any:
         """0.32 only: where a hit came from, for vLLM's own statistics."""
@@ -256,8 +308,9 @@ class Lookups(OffloadingManager):
     def prepare_store(
         self, keys: Collection[OffloadKey], req_context: ReqContext
     ) -> PrepareStoreOutput | None:
-        """Reserve slots for chunks that this step computes. What can not be had at once is
-        dropped and counted: a store never waits and is never asked for again.
+        """Reserve slots for chunks that have been computed. A store never waits: what there is no
+        room for is dropped and counted. None, if no answer came within the step's budget: vLLM
+        offers the same chunks again in the next step of this request, a few times.
         """
         nothing_to_store = PrepareStoreOutput([], SlotSpec.void(), [])
         view = self._requests.get(req_context.req_id)
@@ -272,6 +325,7 @@ class Lookups(OffloadingManager):
             or self._client.session is None
         ):
             return nothing_to_store
+        view.postponed_chunks = 0  # they are among these
         offload_keys = list(keys)
         sizes = [slot_bytes[get_offload_group_idx(key)] for key in offload_keys]
         names = block_keys(self.namespace, offload_keys, view.salt)
@@ -279,8 +333,13 @@ class Lookups(OffloadingManager):
             names, run_lengths=_runs(sizes), run_slot_bytes=_firsts(sizes)
         )
         if reservation is None:
+            if view.postponed_steps < MAX_POSTPONED_STEPS:
+                view.postponed_steps += 1
+                view.postponed_chunks = len(offload_keys)
+                return None
             self.counters["dropped_chunks"] += len(offload_keys)
             return nothing_to_store
+        view.postponed_steps = 0
         granted = [i for i, grant in enumerate(reservation.grants) if grant == Grant.GRANTED]
         self.counters["dropped_chunks"] += sum(grant == Grant.FULL for grant in reservation.grants)
         if not granted:
@@ -329,6 +388,7 @@ class Lookups(OffloadingManager):
         if view is None:
             return
         view.finished = True
+        self.counters["dropped_chunks"] += view.postponed_chunks  # there is no next step
         if not view.loading:
             self._release(req_context.req_id, view)
             del self._requests[req_context.req_id]
@@ -350,7 +410,15 @@ class Lookups(OffloadingManager):
                 self._release(req_id, view)
         logger.info("kvray: weights change, namespace is %s from now on", self.namespace.hex())
 
+    def _end_hold(self, view: RequestView) -> None:
+        """The request waits for kvray no more: each of its keys is a hit or a miss."""
+        held_ms = round((time.monotonic() - view.held_s) * 1_000)
+        self.counters["longest_wait_ms"] = max(self.counters["longest_wait_ms"], held_ms)
+        view.held_s = 0.0
+
     def _release(self, req_id: str, view: RequestView) -> None:
+        if view.held_s:
+            self._end_hold(view)
         if view.ticket is not None:
             self._client.unpin(view.ticket)
             view.ticket = None

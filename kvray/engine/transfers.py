@@ -1,8 +1,9 @@
 """In each worker: copies between the paged cache and the slab. An OffloadingWorker of vLLM.
 
     store   device blocks ──▶ this rank's part of each slot; EngineCore commits when all ranks have
-    load    this rank's part of each slot ──▶ device blocks, then the headers are compared with
-            what this rank was told to load (rule 2 at home): another content is a failed load
+    load    this rank's part of each slot ──▶ device blocks, slot by slot when its header says that
+            the block has come; then the headers are compared with what this rank was told to load
+            (rule 2 at home): another content is a failed load
 
 vLLM wants to hear that every job succeeded; failures are kept aside here and travel in kvray's own
 metadata.
@@ -10,6 +11,7 @@ metadata.
 
 import logging
 import socket
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +24,15 @@ from vllm.v1.kv_offload.base import (
     TransferResult,
 )
 
-from kvray.engine.copier import CpuExecutor, Executor, GroupPages, TensorPages, build_transfers
+from kvray.engine.arrivals import Arrivals
+from kvray.engine.copier import (
+    CpuExecutor,
+    Executor,
+    GroupPages,
+    TensorPages,
+    build_transfers,
+    slot_ends,
+)
 from kvray.engine.guard import guarded, nothing
 from kvray.engine.jobs import RankHandshake, SlotSpec
 from kvray.node.client import WorkerClient
@@ -128,14 +138,18 @@ class Transfers(OffloadingWorker):
             rank=self._rank,
         )
         if is_load:
+            ends = slot_ends(
+                self._groups, group_sizes=device.group_sizes, block_indices=device.block_indices
+            )
+            until_s = time.monotonic() + slots.wait_ms / 1_000
+            arrivals = Arrivals(slab, slots, ends, until_s=until_s)
             self._executor.submit(
                 job_id,
                 slab_pointers,
                 device_pointers,
                 sizes,
-                verify=lambda: slab.all_match(
-                    slots.slots, slots.generations, slots.offsets, slots.slot_bytes, slots.keys
-                ),
+                arrived=arrivals.pieces,
+                verify=arrivals.all_match,
                 keep_alive=slab,
                 urgent=True,
             )

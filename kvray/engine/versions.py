@@ -102,6 +102,22 @@ def caches_nothing(block_pool: Any) -> bool:
     return not getattr(cached, "_cache", cached)
 
 
+def device_hit_tokens(
+    block_pool: Any, request: Any, group: Any, tokens_per_hash: int
+) -> int | None:
+    """How much of a prompt the device has, for a model with one cache group; changes nothing.
+    group: vLLM's GroupOffloadConfig. None where its blocks are not what vLLM hashes.
+    """
+    if group.tokens_per_block != tokens_per_hash:
+        return None
+    count = 0
+    for block_hash in request.block_hashes:
+        if block_pool.get_cached_block(block_hash, [group.group_idx]) is None:
+            break
+        count += 1
+    return int(count * group.tokens_per_block)
+
+
 def hash_seed() -> str:
     """The seed of vLLM's block hashes in this process; PYTHONHASHSEED changes it."""
     from vllm.v1.core.kv_cache_utils import get_none_hash_seed

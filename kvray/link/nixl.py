@@ -10,8 +10,10 @@ of the hardware; what is assumed of it is marked "RDMA:".
   transports have mostly ended by then and send none.
 - One transfer a segment. NIXL keeps only the last UCX request of a transfer with many segments and
   frees the others while they are in progress, so an error of such a transfer says nothing about
-  who still writes where. Of a transfer with one segment it does. That costs 2 to 4 us a segment,
+  who still writes where. Of a transfer with one segment it does. That costs 1 to 3 us a segment,
   which shows below 1 MiB only; segments that touch are one (Segments.coalesced).
+- So transfers are made by the bindings themselves, not by nixl_agent: its wrapper costs one more
+  microsecond for each, and its handles release themselves when they are collected.
 - A handle is released when it has ended, never before: releasing cancels, and what is cancelled
   may write all the same. A peer is not removed while a read from it is in flight, because NIXL
   then answers NOT_FOUND for the handle, whatever the transfer does.
@@ -20,6 +22,10 @@ of the hardware; what is assumed of it is marked "RDMA:".
   NIXL reports the first error it sees, not the last end (and 1.3.2 forgets a peer that has
   disconnected: NOT_FOUND for its other handles). So a failed read is in flight until SETTLE_POLLS
   and SETTLE_NS have passed.
+
+- A network that goes silent gives no error. TCP waits for it for a quarter of an hour, longer and
+  longer between two attempts, so that a link that has been healed would stay dead for as long as it
+  was cut. TCP_LIMITS end such a connection soon; the next read makes another one.
 
 UCX chooses the transports, and needs no setting. `transports` narrows the choice (UCX's names, as
 "tcp" or "rc,cuda_copy"): it becomes the variable UCX_TLS of this process, set before the agent is
@@ -55,6 +61,16 @@ HINT = b"kvray is reading"
 SETTLE_POLLS = 8
 SETTLE_NS = 20_000_000
 
+# Settings of UCX, unless somebody has set them: for how long sent bytes may be unacknowledged, and
+# what tells a connection that only listens that its peer is gone. (A read is abandoned after 1 s.)
+# The UCX of NIXL 1.3.2 does not know the first.
+TCP_LIMITS = {
+    "UCX_TCP_USER_TIMEOUT": "1500ms",
+    "UCX_TCP_KEEPIDLE": "2s",
+    "UCX_TCP_KEEPINTVL": "1s",
+    "UCX_TCP_KEEPCNT": "2",
+}
+
 # NIXL's exceptions have no base of their own.
 _ERRORS: tuple[type[Exception], ...] = (
     *(
@@ -64,6 +80,11 @@ _ERRORS: tuple[type[Exception], ...] = (
     ),
     RuntimeError,  # from pybind11: a C++ exception that NIXL did not expect
 )
+
+_READ = nixl._bindings.NIXL_READ  # noqa: SLF001
+_DONE = nixl._bindings.NIXL_SUCCESS  # noqa: SLF001
+_IN_PROGRESS = nixl._bindings.NIXL_IN_PROG  # noqa: SLF001
+_AS_PREPARED = True  # do not look for segments that could be merged: there is one
 
 # Agents that were closed with reads in flight, and what those hold. They end with the process.
 _unended: list[Any] = []
@@ -90,8 +111,8 @@ class _Read:
     read_id: ReadId
     peer: _Peer
     posted_ns: int
-    handles: deque[Any] = field(default_factory=deque)
-    failed_handles: list[Any] = field(default_factory=list)  # kept until it has settled
+    handles: deque[int] = field(default_factory=deque)
+    failed_handles: list[int] = field(default_factory=list)  # kept until it has settled
     failure: str = ""
     settled_ns: int = 0
     settle_polls: int = 0
@@ -106,6 +127,8 @@ class NixlLink:
             present = os.environ.setdefault("UCX_TLS", transports)
             if present != transports:
                 logger.info("UCX_TLS is %s here; transports=%s ignored", present, transports)
+        for variable, value in TCP_LIMITS.items():
+            os.environ.setdefault(variable, value)
         self.name = name
         self._peers: dict[str, _Peer] = {}
         self._reads: dict[ReadId, _Read] = {}
@@ -115,6 +138,7 @@ class NixlLink:
             self._agent: Any = nixl_agent(
                 name, nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
             )
+        self._transfers: Any = self._agent.agent  # the bindings' own agent; its handles are numbers
         if "UCX" not in self._agent.backends:
             raise LinkError("NIXL has no UCX backend here; is the wheel whole?")
 
@@ -215,37 +239,39 @@ class NixlLink:
         self._registered = []
         self._peers = {}
         self._reads = {}
-        self._agent = None
+        self._agent = self._transfers = None
 
     # -- reads -------------------------------------------------------------------------------
 
     @contextmanager
-    def _prepared(self, agent_name: str, addresses: Words, sizes_bytes: Words) -> Iterator[Any]:
+    def _prepared(self, agent_name: str, addresses: Words, sizes_bytes: Words) -> Iterator[int]:
         """NIXL's list of one side of a read. LinkError if not all of it is registered there."""
         rows = np.column_stack((addresses, sizes_bytes, np.zeros_like(addresses)))
         with _named(f"not to be had from {agent_name}"):
             listed = self._agent.prep_xfer_dlist(agent_name, rows, "DRAM")
         try:
-            yield listed
+            yield listed._handle  # noqa: SLF001 (its number, for the bindings)
         finally:  # what has been posted has its own copy
             with suppress(*_ERRORS):
                 self._agent.release_dlist_handle(listed)
 
-    def _post(self, read: _Read, local: Any, remote: Any, index: int) -> None:
+    def _post(self, read: _Read, local: int, remote: int, index: int) -> None:
         """Post one segment: a handle more, or bytes that are here already, or a failure."""
-        agent = self._agent
+        where = [index]
         try:
-            handle = agent.make_prepped_xfer("READ", local, [index], remote, [index])
+            handle = self._transfers.makeXferReq(
+                _READ, local, where, remote, where, b"", [], _AS_PREPARED
+            )
         except _ERRORS as exc:  # 1.3.2: the post before it has found the peer gone
             self._fail(read, exc, None)
             return
         try:
-            state = agent.transfer(handle)
+            state = self._transfers.postXferReq(handle, b"")
         except _ERRORS as exc:
             self._fail(read, exc, handle)
         else:
             read.handles.append(handle)
-            if state == "DONE":
+            if state == _DONE:
                 self._release(read.handles.pop())
 
     def _advance(self, read: _Read) -> None:
@@ -255,19 +281,19 @@ class NixlLink:
         while read.handles:
             handle = read.handles[0]
             try:
-                state = self._agent.check_xfer_state(handle)
+                state = self._transfers.getXferStatus(handle)
             except _ERRORS as exc:
                 self._fail(read, exc, read.handles.popleft())
                 continue
-            if state == "PROC":
+            if state == _IN_PROGRESS:
                 return
             read.handles.popleft()
-            if state == "DONE":
+            if state == _DONE:
                 self._release(handle)
             else:
-                self._fail(read, RuntimeError(state), handle)
+                self._fail(read, RuntimeError(str(state)), handle)
 
-    def _fail(self, read: _Read, exc: Exception, handle: Any) -> None:
+    def _fail(self, read: _Read, exc: Exception, handle: int | None) -> None:
         """handle: one that UCX may have to do with; None if nothing has been given to it."""
         read.failure = read.failure or _text(exc)
         if handle is None:
@@ -300,9 +326,9 @@ class NixlLink:
             with suppress(*_ERRORS):  # what is wrong with the peer, the read itself will say
                 self._agent.send_notif(peer.name, HINT)
 
-    def _release(self, handle: Any) -> None:
+    def _release(self, handle: int) -> None:
         with suppress(*_ERRORS):  # it has ended: at worst its memory is kept
-            self._agent.release_xfer_handle(handle)
+            self._transfers.releaseXferReq(handle)
 
     # -- peers -------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """The NodeStore: the Ray actor that owns the slab of one node.
 
-    Ray ──▶ status, wake, block_bytes, clear, stop ──▶ NodeLoop, a thread that does the work
+    Ray ──▶ status, wake, drain, take_over, clear, stop ──▶ NodeLoop, a thread that does the work
 
 Placed, named and restarted as kvray.cluster.placement says. Its constructor returns at once and
 never fails, so that a NodeStore that can not start can say why (see node.loop).
@@ -9,14 +9,23 @@ never fails, so that a NodeStore that can not start can say why (see node.loop).
 import logging
 from typing import Any
 
-from kvray.actors import log_to_stderr, refuse_optimized
+from kvray.actors import (
+    log_to_stderr,
+    refuse_optimized,
+    run_at_normal_priority,
+    take_short_turns,
+)
 from kvray.config import Config
-from kvray.core.ids import BlockKey, NodeId
+from kvray.core.ids import KEY_BYTES, BlockKey, NodeId
+from kvray.errors import RemoteProtocolError
 from kvray.node.loop import NodeLoop
 from kvray.node.serving import Serving
 
 logger = logging.getLogger("kvray.node")
 
+# Of one take_over: a batch that a peer reads in a fraction of a second, also over 1 GbE.
+MAX_TAKE_OVER_KEYS = 256
+TAKE_OVER_DEADLINE_S = 5.0
 STOP_DEADLINE_S = 20.0  # threads end within 5 s each; unmapping a terabyte takes seconds
 
 
@@ -29,6 +38,8 @@ class NodeStore:
     def __init__(self, settings: dict[str, object], node_id: str) -> None:
         refuse_optimized()
         log_to_stderr()
+        run_at_normal_priority()
+        take_short_turns()
         self._name = f"NodeStore(node={node_id[:8]})"
         self._loop = NodeLoop(Config.parse(settings), NodeId(node_id))
         self._loop.start()
@@ -53,6 +64,25 @@ class NodeStore:
         """Of all READY blocks, for tests and verification."""
         keys: list[bytes] = self._loop.ask(Serving.block_keys)
         return keys
+
+    def drain(self) -> tuple[list[bytes], list[int]]:
+        """Store nothing more for engines, and say what is READY: keys, payload bytes."""
+        listed: tuple[list[bytes], list[int]] = self._loop.ask(Serving.drain)
+        return listed
+
+    def take_over(self, keys: list[bytes], sizes: list[int]) -> list[bytes]:
+        """Get these blocks from a node that drains, into free room, and keep them. sizes: payload
+        bytes. Returns the keys that are READY here after TAKE_OVER_DEADLINE_S at most.
+        """
+        if not 0 < len(keys) == len(sizes) <= MAX_TAKE_OVER_KEYS or len(set(keys)) != len(keys):
+            raise RemoteProtocolError(
+                f"expected 1 to {MAX_TAKE_OVER_KEYS} different keys and as many sizes, found "
+                f"{len(keys)} and {len(sizes)}"
+            )
+        if any(len(key) != KEY_BYTES for key in keys) or any(size <= 0 for size in sizes):
+            raise RemoteProtocolError(f"a key has {KEY_BYTES} bytes, and a block at least one")
+        wants = [(BlockKey(key), size) for key, size in zip(keys, sizes, strict=True)]
+        return self._loop.take_over(wants, deadline_s=TAKE_OVER_DEADLINE_S)
 
     def clear(self) -> None:
         """Evict every block that nobody has pinned."""

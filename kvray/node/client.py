@@ -33,6 +33,7 @@ from kvray.core.ids import (
     SlabId,
 )
 from kvray.core.messages import (
+    MAX_COMPUTE_US,
     MAX_WRITING_LISTED,
     Ack,
     Hello,
@@ -69,6 +70,7 @@ BUDGET_S = 0.002  # per scheduler step; a lookup of 512 keys takes 0.1 to 0.3 ms
 MIN_BUDGET_S = 0.000_2  # with less left nothing is asked: no answer would be nobody's fault
 CLOSE_DEADLINE_S = 2.0  # the outbox is drained, Bye acknowledged, the threads joined
 JOIN_S = 1.0  # what the threads get in any case; they only have to wake up
+_MISS = int(KeyState.MISS)
 MAX_LABEL_CHARS = 1_024  # a model's path and more
 
 
@@ -173,6 +175,7 @@ class NodeClient:
         run_slot_bytes: Sequence[int],
         deadline_ms: int,
         fetch: bool = True,
+        key_compute_us: int = 0,
     ) -> Ticket | None:
         """Ask for all keys of one request (see messages.Lookup). None: not asked, all misses.
 
@@ -199,6 +202,7 @@ class NodeClient:
                 run_slot_bytes=[run.slot_bytes for run in cut.runs],
                 deadline_ms=deadline_ms,
                 fetch=fetch,
+                key_compute_us=min(key_compute_us, MAX_COMPUTE_US),
             )
             ticket.answered = False
             ticket.ops.append(op)
@@ -216,7 +220,7 @@ class NodeClient:
                 break
             if cut.continues is not None and cut.continues.is_prefix:
                 first = max(cut.start, cut.continues.start)
-                if KeyState.MISS in ticket.states[first : cut.stop]:
+                if _MISS in ticket.states[first : cut.stop]:
                     start = cut.continues.stop
                     ticket.miss(cut.stop, start)
         ticket.miss(start)
@@ -416,7 +420,7 @@ class NodeClient:
         if page is None:
             return  # unpinned meanwhile, and that is said in the outbox
         page.answer(reply.states, reply.slots)
-        if reply.states.count(KeyState.MISS) == len(reply.states):
+        if reply.states.count(_MISS) == len(reply.states):
             page.ticket.ops.remove(reply.op)  # nothing is pinned for it, and nothing will be
         self._forget_if_done(reply.op, page)
 

@@ -27,9 +27,9 @@ from kvray.node.mapped import MappedSlab
 
 logger = logging.getLogger("kvray.node")
 
-RETRY_FIRST_S = 1.0  # a NodeStore that Ray restarts needs 1 to 3 s
+RETRY_FIRST_S = 0.1  # a NodeStore that Ray restarts needs 1 to 3 s; a vain knock takes 10 us
 RETRY_LAST_S = 5.0  # what an engine waits at most when its NodeStore appears long after it
-RETRY_GROWTH = 1.5
+RETRY_GROWTH = 1.1  # so a client comes back a tenth later than it could have, at most
 RETRY_REFUSED_S = 30.0  # another version, another pid namespace: only people change that
 STABLE_S = 5.0  # a connection that ended sooner does not reset the wait: no tight loop of drops
 HELLO_DEADLINE_S = 2.0  # a NodeStore answers in ms, and does not listen before it can

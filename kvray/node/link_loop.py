@@ -27,8 +27,9 @@ from kvray.core.layout import HEADER_BYTES, SLOT_HEADER_DTYPE
 from kvray.core.messages import NodeInfo
 from kvray.errors import LinkError
 from kvray.link.base import MAX_SEGMENTS, Link, ReadEnd, ReadOutcome, Segments, Words
+from kvray.node.header_runs import HEADER_GAP_BYTES, HeaderRuns, header_runs
 from kvray.node.pace import PollPace
-from kvray.node.scratch import HeaderScratch
+from kvray.node.scratch import HeaderScratch, Span
 
 MAX_READS = 1_024  # in flight, abandoned ones too; above core.fetch's own caps, so never the first
 # A live peer answers within some of its idle polls (below 0.2 s, seen); a busy host needs longer.
@@ -118,11 +119,17 @@ class _Peer:
 
 
 @dataclass(slots=True, eq=False)
+class _Rows:
+    """Where the headers of a HEADERS read are: in these rows of this span."""
+
+    span: Span
+    runs: HeaderRuns
+
+
+@dataclass(slots=True, eq=False)
 class _Read:
     link: Link
-    kind: ReadKind
-    row_count: int  # 0: PAYLOAD
-    regions: tuple[int, ...]
+    rows: _Rows | None  # None: PAYLOAD
     probed: _PeerId | None  # a probe, of this peer
     abandoned: bool = False
 
@@ -327,14 +334,15 @@ class LinkLoop:
             return f"a read has 1 to {MAX_SEGMENTS} pieces, not {len(sizes_bytes)}"
         if _outside(remote_offsets, sizes_bytes, info.slab_bytes):
             return f"outside of the slab of node {info.node_id}, of {info.slab_bytes} bytes"
-        regions: tuple[int, ...] = ()
+        rows: _Rows | None = None
         if local_offsets is None:
-            taken = self._scratch.take(len(sizes_bytes))
-            if taken is None:
-                return f"no room for {len(sizes_bytes)} headers: {self._scratch.free_count} pages"
             assert (sizes_bytes == HEADER_BYTES).all(), "a header has another size"
-            regions = taken
-            local = self._scratch.addresses(regions, len(sizes_bytes))
+            rows = self._take_rows(remote_offsets)
+            if rows is None:
+                return f"no room for {len(sizes_bytes)} headers: {self._scratch.free_count} pages"
+            remote_offsets, sizes_bytes = rows.runs.remote_offsets, rows.runs.bytes
+            first = np.uint64(self._scratch.address_of(rows.span))
+            local = first + np.cumsum(sizes_bytes) - sizes_bytes
         else:
             assert not _outside(local_offsets, sizes_bytes, self._slab_bytes), "a foreign target"
             local = np.uint64(self._slab_address) + local_offsets
@@ -342,16 +350,25 @@ class LinkLoop:
         try:
             link.post_read(read_id, info.link_name, Segments(local, remote, sizes_bytes))
         except LinkError as exc:
-            self._scratch.give_back(regions)
+            if rows is not None:
+                self._scratch.give_back(rows.span)
             return str(exc)
-        if local_offsets is None:
-            kind, row_count = ReadKind.HEADERS, len(sizes_bytes)
-        else:
-            kind, row_count = ReadKind.PAYLOAD, 0
+        if rows is None:
             self.read_bytes += int(sizes_bytes.sum())
-        self._reads[read_id] = _Read(link, kind, row_count, regions, probed)
+        self._reads[read_id] = _Read(link, rows, probed)
         self._awaited += 1
         return ""
+
+    def _take_rows(self, offsets: Offsets) -> _Rows | None:
+        """Room for these headers and what is read along with them; for nothing else where that is
+        too much; None if there is not even that.
+        """
+        for gap_bytes in (HEADER_GAP_BYTES, 0):
+            runs = header_runs(offsets, gap_bytes=gap_bytes)
+            span = self._scratch.take(runs.row_count)
+            if span is not None:
+                return _Rows(span, runs)
+        return None
 
     def _abandon(self, read_id: ReadId) -> None:
         read = self._reads.get(read_id)
@@ -364,16 +381,18 @@ class LinkLoop:
         read = self._reads.pop(end.read_id)
         self._awaited -= not read.abandoned
         done = end.outcome is ReadOutcome.DONE
-        headers = NO_HEADERS
-        if done and read.row_count:
-            headers = self._scratch.rows(read.regions, read.row_count)
-        self._scratch.give_back(read.regions)
+        headers, kind = NO_HEADERS, ReadKind.PAYLOAD
+        if read.rows is not None:
+            kind = ReadKind.HEADERS
+            if done:
+                headers = self._scratch.rows(read.rows.span, read.rows.runs.rows)
+            self._scratch.give_back(read.rows.span)
         if read.probed is not None:
             self._probed(read.probed, end, now_us)
             return
         ending = Ending.DONE if done else Ending.FAILED
         self.ended_counts[ending] += 1
-        self._on_event(ReadEnded(end.read_id, read.kind, ending, end.reason, headers))
+        self._on_event(ReadEnded(end.read_id, kind, ending, end.reason, headers))
 
     def snapshot(self) -> dict[str, int | str]:
         """May be called by any thread; the numbers need not be of one moment."""
@@ -399,7 +418,9 @@ class LinkLoop:
         for link in self._links():
             assert link.in_flight == by_link[id(link)], "a read that only one side knows"
         assert self._awaited == sum(not read.abandoned for read in self._reads.values())
-        self._scratch.check([region for read in self._reads.values() for region in read.regions])
+        self._scratch.check(
+            read.rows.span for read in self._reads.values() if read.rows is not None
+        )
         for peer_id, peer in self._peers.items():
             if peer.probe is not None:
                 assert self._reads[peer.probe].probed == peer_id

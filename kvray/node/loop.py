@@ -1,9 +1,11 @@
 """The life of a NodeStore, in a thread of its own.
 
-    OPENING ──slab──▶ LINKING ──agent──▶ SERVING ──stop──▶ STOPPED
-       ▲                 │
+    OPENING ──slab──▶ LINKING ──link──▶ SERVING ──stop──▶ STOPPED
+       ▲                 │  ▲──new epoch──┘
        │                 └──────────┐
-       └──after RETRY_S── FAILED ◀──┴── the slab does not fit, is another's, no agent can be made
+       └──after RETRY_S── FAILED ◀──┴── the slab does not fit, is another's, no link can be opened
+
+From LINKING on engines are served, from SERVING on peers too.
 
 What can not be now may be possible later (memory that comes free, a predecessor that ends), and an
 actor that dies of it would only be started again by Ray, without end: so a NodeStore that can not
@@ -13,11 +15,10 @@ epoch and with every READY block.
 
 import logging
 import os
-import select
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from enum import StrEnum
@@ -26,18 +27,19 @@ from typing import Any
 from ray.exceptions import RayError
 
 from kvray import __version__
-from kvray.actors import ending_on_bug
+from kvray.actors import ending_on_bug, keep_what_is_loaded
 from kvray.config import Config, default_runtime_dir
-from kvray.core.ids import Epoch, NodeId
+from kvray.core.eviction import policy_named
+from kvray.core.ids import BlockKey, Epoch, NodeId
 from kvray.core.layout import FORMAT_VERSION
 from kvray.core.messages import NodeInfo
-from kvray.core.store import StoreCore, StoreLimits
+from kvray.core.store import StoreCore
 from kvray.errors import KVRayError, LinkError, NodeLostError, SlabError
 from kvray.link.base import Link
 from kvray.node.control import Control
 from kvray.node.inbox import Inbox, Question
 from kvray.node.opening import left_behind, open_slab, sweep_dead_nodes
-from kvray.node.peers import LinkFailed, LinkOpened, LinkThread
+from kvray.node.peers import LinkThread
 from kvray.node.server import LocalServer
 from kvray.node.serving import Serving, clock_ms
 from kvray.node.slab import SlabOwner
@@ -46,7 +48,6 @@ from kvray.node.slab_file import runtime_directory
 logger = logging.getLogger("kvray.node")
 
 RETRY_S = 5.0  # between attempts to start
-LINK_DEADLINE_S = 30.0  # making the first agent takes 0.4 to 1.4 s, and seconds on a busy host
 QUESTION_DEADLINE_S = 5.0  # the loop's longest step is far below; a longer silence is worth saying
 
 
@@ -67,14 +68,23 @@ class NodeLoop(threading.Thread):
         super().__init__(name="kvray-node", daemon=True)
         self._config = config
         self._node_id = node_id
+        self._born_s = time.monotonic()
+        self._served_after_ms: int | None = None
         self._stopping = threading.Event()
         self._inbox = Inbox()
-        self._phase = Phase.OPENING
+        self._stage = Phase.OPENING  # but for what `phase` says while there is a Serving
         self._problem: KVRayError | None = None
         self._cleared_bytes = self._slab_bytes = 0  # while a new slab is being cleared
         self._left: list[str] = []
         self._link: LinkThread | None = None
         self._serving: Serving | None = None
+
+    @property
+    def phase(self) -> Phase:
+        serving = self._serving
+        if serving is None:
+            return self._stage
+        return Phase.SERVING if serving.is_linked else Phase.LINKING
 
     def wake(self) -> None:
         """A peer is about to read from us."""
@@ -86,7 +96,7 @@ class NodeLoop(threading.Thread):
         """Work something out on the loop's thread. Raises NodeLostError if it does not serve."""
         serving = self._serving
         if serving is None:
-            raise NodeLostError(f"the NodeStore of node {self._node_id} is {self._phase}")
+            raise NodeLostError(f"the NodeStore of node {self._node_id} is {self.phase}")
         answer: Future[Any] = Future()
         self._inbox.append(Question(lambda: question(serving), answer))
         try:
@@ -97,19 +107,33 @@ class NodeLoop(threading.Thread):
                 f"{QUESTION_DEADLINE_S:.0f} s"
             ) from exc
 
+    def take_over(self, wants: Sequence[tuple[BlockKey, int]], *, deadline_s: float) -> list[bytes]:
+        """Those of these (key, payload bytes) that are READY here by the deadline. Raises
+        NodeLostError as `ask` does.
+        """
+        done: Future[list[bytes]] = Future()
+        deadline_ms = clock_ms() + int(deadline_s * 1_000)
+        self.ask(lambda serving: serving.take_over(wants, deadline_ms, done))
+        try:
+            return done.result(deadline_s + QUESTION_DEADLINE_S)
+        except TimeoutError as exc:
+            raise NodeLostError(f"the NodeStore of node {self._node_id} has stopped") from exc
+
     def status(self) -> dict[str, Any]:
         """Plain data; from the core, too, while it serves."""
-        problem = self._problem
+        phase = self.phase
+        problem = None if phase is Phase.SERVING else self._problem
         known: dict[str, Any] = {
             "node_id": self._node_id,
             "pid": os.getpid(),
-            "phase": self._phase.value,
+            "phase": phase.value,
             "problem": problem and {"kind": type(problem).__name__, "text": str(problem)},
             "slab_bytes": self._slab_bytes,
             "cleared_bytes": self._cleared_bytes,
+            "served_after_ms": self._served_after_ms,  # engines, since the actor's start
             "runtime_dir": self._config.runtime_dir or default_runtime_dir(),
         }
-        if self._phase is Phase.SERVING:
+        if self._serving is not None:
             known |= self.ask(Serving.status)
         return known
 
@@ -128,26 +152,26 @@ class NodeLoop(threading.Thread):
         with ending_on_bug("a NodeStore"):
             while not self._stopping.is_set():
                 try:
-                    self._phase = Phase.OPENING
+                    self._stage = Phase.OPENING
                     self._live()
                 except KVRayError as exc:
                     if not self._stopping.is_set():
                         self._fail(exc)
                         self._stopping.wait(RETRY_S)
-            self._phase = Phase.STOPPED
+            self._stage = Phase.STOPPED
 
     def _fail(self, error: KVRayError) -> None:
         if str(error) != str(self._problem):
             logger.error("this NodeStore can not start, and tries again: %s", error)
         self._problem = error
-        self._phase = Phase.FAILED
+        self._stage = Phase.FAILED
 
     def _live(self) -> None:
         """From nothing to the end. Raises KVRayError if it can not serve."""
         runtime = runtime_directory(self._config.runtime_dir)
         slab = open_slab(self._config, self._node_id, runtime=runtime, on_progress=self._on_cleared)
         self._cleared_bytes = self._slab_bytes = slab.geometry.slab_bytes
-        self._phase = Phase.LINKING
+        self._stage = Phase.LINKING
         self._link = LinkThread(
             slab_address=slab.address,
             slab_bytes=slab.geometry.slab_bytes,
@@ -163,18 +187,21 @@ class NodeLoop(threading.Thread):
     def _serve(self, slab: SlabOwner, link: LinkThread) -> None:
         born_ms, born_wall_clock_ms = clock_ms(), int(time.time() * 1000)
         epoch = slab.next_epoch(wall_clock_ms=born_wall_clock_ms)
-        opened = self._open_first_link(link, epoch)
         store = StoreCore(
             slab.geometry,
             generation_mark=slab.generation_mark,
-            limits=StoreLimits(probation_fraction=self._config.probation_fraction),
+            policy=policy_named(
+                self._config.replacement,
+                probation_fraction=self._config.probation_fraction,
+                reused_fraction=self._config.reused_fraction,
+            ),
         )
         store.adopt(slab.extents, slab.headers, now_ms=clock_ms())
         info = NodeInfo(
             node_id=self._node_id,
             epoch=epoch,
-            link_name=opened.name,
-            link_metadata=opened.metadata,
+            link_name="",  # until it is open
+            link_metadata=b"",
             slab_id=slab.slab_id,
             slab_address=slab.address,
             slab_bytes=slab.geometry.slab_bytes,
@@ -199,28 +226,23 @@ class NodeLoop(threading.Thread):
             wall_clock_offset_ms=born_wall_clock_ms - born_ms,
         )
         self._serving = serving
-        self._phase = Phase.SERVING
-        self._problem = None
-        logger.info("node %s serves as epoch %d: %s", self._node_id, epoch, slab.paths.slab)
+        self._served_after_ms = int((time.monotonic() - self._born_s) * 1_000)
+        logger.info(
+            "node %s serves engines as epoch %d, %d ms after its start: %s",
+            self._node_id,
+            epoch,
+            self._served_after_ms,
+            slab.paths.slab,
+        )
         try:
             serving.run(self._stopping.is_set)
         finally:
             self._serving = None
+            if serving.is_linked:
+                self._problem = None
             serving.close()
             control.say_bye(self._node_id, serving.epoch)
             control.close()
-
-    def _open_first_link(self, link: LinkThread, epoch: Epoch) -> LinkOpened:
-        link.open(self._link_maker(epoch))
-        end_s = time.monotonic() + LINK_DEADLINE_S
-        while not self._stopping.is_set() and (left_s := end_s - time.monotonic()) > 0:
-            select.select([self._inbox], [], [], left_s)
-            for event in self._inbox.take():
-                if isinstance(event, LinkOpened):
-                    return event
-                if isinstance(event, LinkFailed):
-                    raise LinkError(event.reason)
-        raise LinkError(f"no NIXL agent could be made within {LINK_DEADLINE_S:.0f} s")
 
     def _link_maker(self, epoch: Epoch) -> Callable[[], Link]:
         name = f"kvray:{self._config.cluster_name}:{self._node_id}:{epoch}"
@@ -231,7 +253,9 @@ class NodeLoop(threading.Thread):
                 from kvray.link.nixl import NixlLink
             except ImportError as exc:
                 raise LinkError(f"NIXL can not be loaded: {exc}") from exc
-            return NixlLink(name)
+            link = NixlLink(name)
+            keep_what_is_loaded()
+            return link
 
         return make
 

@@ -100,6 +100,40 @@ class MappedSlab:
         loads that the caller has done.
         """
         memory_barrier()
+        fits, states = self._compare(slots, generations, offsets, slot_bytes, keys)
+        matches: npt.NDArray[np.bool_] = fits & (states == SlotState.READY)
+        return matches
+
+    def leading_ready(
+        self,
+        slots: npt.NDArray[np.uint32],
+        generations: npt.NDArray[np.uint64],
+        offsets: npt.NDArray[np.uint64],
+        slot_bytes: npt.NDArray[np.uint64],
+        keys: bytes,
+    ) -> int | None:
+        """How many of these, up to the first that is not, are READY with this content. None if one
+        of them never will be: its header does not say that this content is being written.
+
+        To be called before the payload is read; no load that the caller does afterwards happens
+        before these looks at the headers.
+        """
+        fits, states = self._compare(slots, generations, offsets, slot_bytes, keys)
+        memory_barrier()
+        ready = fits & (states == SlotState.READY)
+        if not (ready | (fits & (states == SlotState.WRITING))).all():
+            return None
+        return len(ready) if ready.all() else int(ready.argmin())
+
+    def _compare(
+        self,
+        slots: npt.NDArray[np.uint32],
+        generations: npt.NDArray[np.uint64],
+        offsets: npt.NDArray[np.uint64],
+        slot_bytes: npt.NDArray[np.uint64],
+        keys: bytes,
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint64]]:
+        """For each slot, whether its header names this content; and its state."""
         count = len(slots)
         if not (
             count == len(generations) == len(offsets) == len(slot_bytes)
@@ -112,15 +146,14 @@ class MappedSlab:
         exists = np.asarray(slots) < self.geometry.slot_count
         rows = self._words[np.where(exists, slots, 0)]
         wanted_keys = np.frombuffer(keys, dtype=np.uint64).reshape(count, 2)
-        matches: npt.NDArray[np.bool_] = (
+        fits: npt.NDArray[np.bool_] = (
             exists
-            & (rows[:, _STATE_WORD] & _STATE_MASK == SlotState.READY)
             & (rows[:, _GENERATION_WORD] == generations)
             & (rows[:, _KEY_WORDS] == wanted_keys).all(axis=1)
             & (rows[:, _OFFSET_WORD] == offsets)
             & (rows[:, _BYTES_WORD] == slot_bytes)
         )
-        return matches
+        return fits, rows[:, _STATE_WORD] & _STATE_MASK
 
     def all_match(
         self,

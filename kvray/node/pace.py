@@ -10,10 +10,10 @@ SLOWEST_QUICK_US = 1_000  # costs a few percent of a core while it lasts
 # A peer that reads over TCP renews its hint every 25 ms; one that wants to connect needs several
 # answers, each to the one before.
 BUSY_WINDOW_US = 100_000
-# A wake-up costs 50 to 100 us of CPU, whatever is done in it: 0.1 to 0.2 % of a core. It is also
-# how long a peer waits at most until we notice it, if its knock (NodeStore.wake, a Ray call of 2 to
-# 5 ms) is lost; our own commands do not wait for it.
-IDLE_POLL_US = 50_000
+# A wake-up costs about 120 us of CPU, whatever is done in it: 0.06 % of a core. It is also how long
+# a peer waits at most until we notice it, if its knock (NodeStore.wake, a Ray call of 2 to 5 ms) is
+# lost; our own commands do not wait for it.
+IDLE_POLL_US = 200_000
 
 
 class PollPace:

@@ -29,7 +29,7 @@ from kvray.node.link_loop import (
     ReadEnded,
     Wake,
 )
-from kvray.node.scratch import REGION_COUNT, HeaderScratch
+from kvray.node.scratch import PAGE_COUNT, HeaderScratch
 
 __all__ = [
     "ConnectFailed",
@@ -63,10 +63,10 @@ class LinkThread:
         slab_address: int,
         slab_bytes: int,
         on_event: Callable[[LinkEvent], None],
-        scratch_regions: int = REGION_COUNT,
+        scratch_pages: int = PAGE_COUNT,
     ) -> None:
         self._on_event = on_event
-        self._scratch = HeaderScratch(scratch_regions)
+        self._scratch = HeaderScratch(scratch_pages)
         self._loop = LinkLoop(
             slab_address=slab_address,
             slab_bytes=slab_bytes,

@@ -32,6 +32,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NewType
 
+import msgspec
+
 from kvray.core.codec import decode, encode
 from kvray.core.ids import OpId
 from kvray.core.layout import MAX_CLIENTS
@@ -55,8 +57,7 @@ MAX_WARNED = 256  # (pid, reason) pairs remembered, so that a loop does not fill
 PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
-@dataclass(frozen=True, slots=True)
-class SessionOpened:
+class SessionOpened(msgspec.Struct, frozen=True):
     """A client of ours has said hello; its Hello follows as MessageReceived."""
 
     session_id: SessionId
@@ -64,14 +65,14 @@ class SessionOpened:
     uid: int
 
 
-@dataclass(frozen=True, slots=True)
-class MessageReceived:
+class MessageReceived(msgspec.Struct, frozen=True, gc=False):
+    """A struct for its price: one is made for each message."""
+
     session_id: SessionId
     message: LocalRequest
 
 
-@dataclass(frozen=True, slots=True)
-class SessionClosed:
+class SessionClosed(msgspec.Struct, frozen=True):
     session_id: SessionId
     reason: str
 

@@ -14,6 +14,7 @@ import selectors
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +29,13 @@ from kvray.core.commands import (
     DisconnectPeer,
     Drop,
     Log,
-    NewEpoch,
     NodeCommand,
     PostRead,
     ReadKind,
     Restart,
     Send,
+    TakeEpoch,
+    TookOver,
     WatchProcess,
     WriteClient,
 )
@@ -49,7 +51,7 @@ from kvray.core.messages import (
 )
 from kvray.core.node import NodeCore
 from kvray.core.store import StoreCore
-from kvray.errors import RemoteProtocolError
+from kvray.errors import LinkError, RemoteProtocolError
 from kvray.node.control import Control, DirectoryAnswered, DirectoryFailed
 from kvray.node.inbox import Event, Inbox, Question
 from kvray.node.peers import (
@@ -70,6 +72,7 @@ logger = logging.getLogger("kvray.node")
 # A peer that was woken polls quickly for 100 ms (node.pace). Less than that, so that it stays
 # awake while a request's reads go on, one batch after another.
 WAKE_PERIOD_MS = 80
+LINK_DEADLINE_MS = 30_000  # making the first agent takes 0.4 to 1.4 s, and seconds on a busy host
 
 _EFFECTS = (WriteHeader, WriteExtent, MarkGeneration)
 _DirectoryReply = NodeHelloReply | AnnounceReply | LocateReply
@@ -85,7 +88,8 @@ class _Watched:
 
 
 class Serving:
-    """Made when slab and link are open. run() returns when stopping is said; close() ends it.
+    """Made when the slab is open. run() returns when stopping is said; close() ends it. Engines are
+    served before there is a link, since loading NIXL takes a second or two.
 
     open_link: asks the link thread for a new agent, named after an epoch. born_ms: when the epoch
     of info was taken, which is what the directory judges it by.
@@ -113,7 +117,7 @@ class Serving:
         self._inbox = inbox
         self._open_link = open_link
         self._selector = selectors.DefaultSelector()
-        self._selector.register(inbox, selectors.EVENT_READ)
+        self._selector.register(inbox, selectors.EVENT_READ, inbox)
         server.register(self._selector)
         self._watched: dict[tuple[int, int], _Watched] = {}
         self._gone: deque[tuple[int, int]] = deque()  # processes; the core does not know it yet
@@ -122,6 +126,9 @@ class Serving:
         self._connecting: dict[NodeId, Epoch] = {}
         self._connected: dict[NodeId, Epoch] = {}
         self._new_epoch: Epoch | None = None  # taken, while the link for it is being made
+        self._link_due_ms: int | None = None  # when that has to be done
+        self._take_overs = 0
+        self._taking_over: dict[int, Future[list[bytes]]] = {}
         self._doers: dict[type, Callable[[Any], None]] = {
             WriteClient: self._write_client,
             Send: self._send,
@@ -130,9 +137,10 @@ class Serving:
             CallDirectory: self._call,
             ConnectPeer: self._connect,
             DisconnectPeer: self._disconnect,
-            NewEpoch: self._take_epoch,
+            TakeEpoch: self._take_epoch,
             PostRead: self._post_read,
             AbandonRead: self._abandon_read,
+            TookOver: self._took_over,
             Log: self._log,
             Restart: self._restart,
         }
@@ -148,30 +156,56 @@ class Serving:
     def epoch(self) -> Epoch:
         return self._core.info.epoch
 
+    @property
+    def is_linked(self) -> bool:
+        """Whether peers can be read from, and can read."""
+        return self._core.is_linked
+
     def run(self, is_stopping: Callable[[], bool]) -> None:
-        """The loop. is_stopping is asked whenever the inbox has been rung."""
+        """The loop. is_stopping is asked whenever the inbox has been rung. Raises LinkError if no
+        link can be opened.
+        """
         self._do(self._core.start(clock_ms()))
-        self._settle()
+        timeout_s = self._settle()
         while not is_stopping():
-            for key, mask in self._selector.select(self._timeout_s()):
+            for key, mask in self._selector.select(timeout_s):
                 if key.data is self._server:
                     self._on_server_events(self._server.on_ready(key, mask))
-                elif isinstance(key.data, _Watched):
+                elif key.data is self._inbox:
+                    for event in self._inbox.take():
+                        self._on_event(event)
+                else:
                     self._end_watch(key.data)
-            for event in self._inbox.take():
-                self._on_event(event)
-            self._settle()
+            timeout_s = self._settle()
 
-    def _settle(self) -> None:
-        """What is due, and what doing one thing has brought about elsewhere."""
-        now_ms = clock_ms()
+    def _settle(self) -> float | None:
+        """What is due, and what doing one thing has brought about elsewhere. How long there is
+        nothing to do after that, in seconds.
+        """
+        self._follow_up()
+        due_ms, now_ms = self._due_ms(), clock_ms()
+        if due_ms is not None and due_ms <= now_ms:
+            self._do_due(now_ms)
+            self._follow_up()
+            due_ms, now_ms = self._due_ms(), clock_ms()
+        return None if due_ms is None else max(0, due_ms - now_ms) / 1_000
+
+    def _due_ms(self) -> int | None:
+        deadlines = (self._core.next_deadline_ms(), self._calls.next_ms(), self._link_due_ms)
+        return min((at_ms for at_ms in deadlines if at_ms is not None), default=None)
+
+    def _do_due(self, now_ms: int) -> None:
+        if self._link_due_ms is not None and now_ms >= self._link_due_ms:
+            raise LinkError(f"no link could be opened within {LINK_DEADLINE_MS // 1_000} s")
         for call_id in self._calls.take_due(now_ms):
             self._do(self._core.on_directory_failed(call_id, now_ms))
         due_ms = self._core.next_deadline_ms()
         if due_ms is not None and due_ms <= now_ms:
             self._do(self._core.on_tick(now_ms))
+
+    def _follow_up(self) -> None:
+        """Sends and drops may have closed sessions, and to say so may close others."""
         while True:
-            # Sends and drops may have closed sessions, and to say so may close others.
             if events := self._server.take_events():
                 self._on_server_events(events)
             elif self._gone:
@@ -187,11 +221,6 @@ class Serving:
             self._selector.unregister(watched.pidfd)
             os.close(watched.pidfd)
         self._selector.close()
-
-    def _timeout_s(self) -> float | None:
-        deadlines = (self._core.next_deadline_ms(), self._calls.next_ms())
-        due_ms = min((at_ms for at_ms in deadlines if at_ms is not None), default=None)
-        return None if due_ms is None else max(0, due_ms - clock_ms()) / 1_000
 
     # ---- what comes in
 
@@ -229,8 +258,10 @@ class Serving:
                 logger.warning("node %s epoch %d can not be reached: %s", node_id, epoch, reason)
             case LinkOpened():
                 self._on_link_opened(event)
-            case LinkFailed(reason):
-                die(f"the link has failed, and this NodeStore starts anew: {reason}")
+            case LinkFailed(reason, fatal):
+                if fatal:
+                    die(f"the link has failed, and this NodeStore starts anew: {reason}")
+                raise LinkError(reason)
             case Question(answer_it, answer):
                 answer.set_result(answer_it())  # what it raises is a bug, and ends this process
 
@@ -267,8 +298,8 @@ class Serving:
             link_name=opened.name,
             link_metadata=opened.metadata,
         )
-        self._new_epoch = None
-        self._do(self._core.on_renamed(info, clock_ms()))
+        self._new_epoch = self._link_due_ms = None
+        self._do(self._core.on_linked(info, clock_ms()))
 
     # ---- what NodeCore wants done
 
@@ -342,10 +373,14 @@ class Serving:
     def _abandon_read(self, abandon: AbandonRead) -> None:
         self._link.submit(abandon)
 
-    def _take_epoch(self, new: NewEpoch) -> None:
+    def _take_epoch(self, new: TakeEpoch) -> None:
         assert self._new_epoch is None
         self._new_epoch = self._slab.take_epoch(new.epoch)
+        self._link_due_ms = clock_ms() + LINK_DEADLINE_MS
         self._open_link(self._new_epoch)
+
+    def _took_over(self, took: TookOver) -> None:
+        self._taking_over.pop(took.call_id).set_result(list(took.keys))
 
     def _log(self, log: Log) -> None:
         logger.log(logging.WARNING if log.warning else logging.INFO, "%s", log.text)
@@ -365,6 +400,23 @@ class Serving:
     def block_keys(self) -> list[bytes]:
         """Of all READY blocks."""
         return [place.key for place in self._store.entries()]
+
+    def drain(self) -> tuple[list[bytes], list[int]]:
+        """Keys and payload bytes of all READY blocks, after which engines add none."""
+        self._do(self._core.drain(clock_ms()))
+        places = list(self._store.entries())
+        return [place.key for place in places], [place.bytes for place in places]
+
+    def take_over(
+        self, wants: Sequence[tuple[BlockKey, int]], deadline_ms: int, done: "Future[list[bytes]]"
+    ) -> None:
+        """done: will have the keys that are here then."""
+        self._take_overs += 1
+        self._taking_over[self._take_overs] = done
+        now_ms = clock_ms()
+        self._do(
+            self._core.take_over(self._take_overs, wants, deadline_ms=deadline_ms, now_ms=now_ms)
+        )
 
     def clear(self) -> None:
         self._do(self._core.clear(clock_ms()))

@@ -237,8 +237,8 @@ class SlabOwner:
         return self.take_epoch(max(self.epoch + 1, directory_hint + 1, wall_clock_ms))
 
     def take_epoch(self, epoch: int) -> Epoch:
-        """Write down an epoch that the directory has assigned."""
-        assert epoch > self.epoch, f"epoch {epoch} after {self.epoch}"
+        """Write down an epoch: the one of next_epoch, or a greater one."""
+        assert epoch >= self.epoch, f"epoch {epoch} after {self.epoch}"
         self._page["epoch"][0] = epoch
         return Epoch(epoch)
 

@@ -6,7 +6,8 @@ A chain of keys longer than a message is asked page by page; it is one ticket ov
     asked     Lookup, ops[0]         Lookup, ops[1]          not asked: its prefix broke in ops[1]
 
 The client's threads write a ticket and the engine's thread reads it without a lock: a place is
-there before its state says HIT, and a state only ever leaves WAIT. No socket and no clock here.
+there before its state says HIT or COMING, and a state never comes back to WAIT. No socket and no
+clock here.
 """
 
 import functools
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -25,20 +27,26 @@ from kvray.errors import RemoteProtocolError
 
 Place = tuple[int, int, int]  # slot, generation, offset from the start of the slab
 
-_WAIT, _MISS = bytes([KeyState.WAIT]), bytes([KeyState.MISS])
-_HIT, _GRANTED = int(KeyState.HIT), int(Grant.GRANTED)  # numpy compares with these ten times faster
+# Plain numbers: numpy compares with these ten times faster.
+_HIT, _MISS, _WAIT = int(KeyState.HIT), int(KeyState.MISS), int(KeyState.WAIT)
+_COMING, _GRANTED = int(KeyState.COMING), int(Grant.GRANTED)
+_PLACED, _WAITING = (_HIT, _COMING), (_WAIT, _COMING)
+_ALL_WAIT = bytes([_WAIT])
+_SETTLED = bytes.maketrans(bytes(_WAITING), bytes([_MISS, _MISS]))  # what is waited for is lost
 
 
 class Ticket:
     """One lookup of an engine. states: one KeyState a key, WAIT until the NodeStore has answered.
 
     Every ticket is given back with NodeClient.unpin, whatever became of it. lost: the connection
-    ended meanwhile. Then each WAIT is a MISS; a HIT stays one, since its bytes lie in the mapped
-    slab and are proven by their header when they are loaded.
+    ended meanwhile. Then each WAIT or COMING is a MISS; a HIT stays one, since its bytes lie in the
+    mapped slab and are proven by their header when they are loaded.
     """
 
     __slots__ = (
         "_from_peer",
+        "_has_come",
+        "_packed",
         "_places",
         "_released",
         "answered",
@@ -53,49 +61,71 @@ class Ticket:
         self.keys = list(keys)
         self.slab_id = slab_id  # the slab that the places are in
         self.ops: list[OpId] = []  # the Lookups sent, one a page
-        self.states = bytearray(_WAIT) * len(self.keys)
+        self.states = bytearray(_ALL_WAIT) * len(self.keys)
         self.answered = not self.keys  # something was said of each key, if only WAIT
         self.lost = False
+        self._packed: list[tuple[int, bytes, bytes]] = []  # what `place` has still to unpack
         self._places: dict[int, Place] = {}
         self._from_peer: set[int] = set()
+        self._has_come = False
         self._released = False
 
     @property
     def settled(self) -> bool:
         """No key is waited for any more."""
-        return KeyState.WAIT not in self.states
+        return _WAIT not in self.states and _COMING not in self.states
+
+    @property
+    def arriving(self) -> bool:
+        """Something is COMING, the place of each such key is known, and a first one has come: so
+        whoever sends them does send. A load of the whole may begin.
+        """
+        return self._has_come and _COMING in self.states and _WAIT not in self.states
 
     def place(self, index: int) -> Place | None:
-        """Where the block of keys[index] lies; None unless its state is HIT."""
+        """Where the block of keys[index] lies, or will; None unless its state is HIT or COMING.
+        For the engine's thread alone: it unpacks what the answers have brought since it was called
+        last, which an update that came meanwhile knows better.
+        """
+        while self._packed:
+            start, states, slots = self._packed[0]
+            placed = (start + i for i, state in enumerate(states) if state in _PLACED)
+            for at, place in zip(placed, unpack_slots(slots), strict=True):
+                self._places.setdefault(at, place)
+            del self._packed[0]
+        if self.states[index] not in _PLACED:
+            return None
         return self._places.get(index)
 
     def from_peer(self, index: int) -> bool:
-        """Whether a HIT came after a WAIT, that is from a peer (or from an engine of this node
-        that was writing it just then). For statistics.
+        """Whether a HIT came after a WAIT, or is COMING: from a peer (or from an engine of this
+        node that was writing it just then). For statistics.
         """
         return index in self._from_peer
 
     # ---- for the client
 
-    def put(
-        self, start: int, states: bytes, hits: npt.NDArray[np.intp], places: Sequence[Place]
-    ) -> None:
-        """The first answer for the keys from start on; hits: which of them are, and where."""
-        self._places.update(zip((hits + start).tolist(), places, strict=True))
+    def put(self, start: int, states: bytes, slots: bytes) -> None:
+        """The first answer for the keys from start on. slots: SLOT_DTYPE rows of what is HIT or
+        COMING, which are not unpacked before somebody asks: an engine waits for the end of this.
+        """
+        if slots:
+            self._packed.append((start, states, slots))
+        if _COMING in states:
+            self._from_peer.update(start + i for i, s in enumerate(states) if s == _COMING)
         self.states[start : start + len(states)] = states
 
-    def settle(self, index: int, place: Place | None) -> None:
-        """A later answer for one key that was waited for; None is a MISS."""
-        if place is None:
-            self.states[index] = KeyState.MISS
-        else:
+    def change(self, index: int, state: int, place: Place | None) -> None:
+        """A later answer for one key that was waited for: COMING or HIT with its place, or MISS."""
+        if place is not None:
             self._places[index] = place
             self._from_peer.add(index)
-            self.states[index] = KeyState.HIT
+        self._has_come = self._has_come or state == _HIT
+        self.states[index] = state
 
     def miss(self, start: int = 0, stop: int | None = None) -> None:
-        """Every WAIT among keys [start, stop) is a MISS."""
-        self.states[start:stop] = self.states[start:stop].replace(_WAIT, _MISS)
+        """Everything that is waited for among keys [start, stop) is a MISS."""
+        self.states[start:stop] = self.states[start:stop].translate(_SETTLED)
 
     def lose(self) -> None:
         self.lost = True
@@ -118,8 +148,7 @@ class Reservation:
     places: dict[int, Place]
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(msgspec.Struct, frozen=True, gc=False):
     """Keys [start, stop) of a request that belong together and have slots of one size."""
 
     start: int
@@ -128,8 +157,7 @@ class Run:
     slot_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
+class Cut(msgspec.Struct, frozen=True, gc=False):
     """Keys [start, stop) of a request, cut along its runs: what one message asks about."""
 
     start: int
@@ -137,11 +165,19 @@ class Cut:
     runs: tuple[Run, ...]
     continues: Run | None = None  # the run that goes on behind stop, if there is one
 
-    def sizes_of(self, indices: npt.NDArray[np.intp]) -> npt.NDArray[np.int64] | int:
+    def sizes_where(self, codes: bytes, *chosen: int) -> npt.NDArray[np.uint64] | int:
+        """slot_bytes of the keys with one of these codes, codes having one a key; one number if it
+        is the same for all.
+        """
+        if len(self.runs) == 1:
+            return self.runs[0].slot_bytes
+        return self.sizes_of(np.flatnonzero(np.isin(np.frombuffer(codes, np.uint8), chosen)))
+
+    def sizes_of(self, indices: npt.NDArray[np.intp]) -> npt.NDArray[np.uint64] | int:
         """slot_bytes of these keys, counted from start; one number if it is the same for all."""
         if len(self.runs) == 1:
             return self.runs[0].slot_bytes
-        sizes = np.array([run.slot_bytes for run in self.runs], np.int64)
+        sizes = np.array([run.slot_bytes for run in self.runs], np.uint64)
         return np.repeat(sizes, [run.stop - run.start for run in self.runs])[indices]
 
 
@@ -159,6 +195,8 @@ def make_runs(
 
 def cut_page(runs: Sequence[Run], start: int) -> Cut:
     """The next at most MAX_KEYS_PER_MESSAGE keys from start on."""
+    if not start and runs[-1].stop <= MAX_KEYS_PER_MESSAGE:
+        return Cut(0, runs[-1].stop, tuple(runs))
     end = start + MAX_KEYS_PER_MESSAGE
     parts = [
         Run(max(run.start, start), min(run.stop, end), run.is_prefix, run.slot_bytes)
@@ -169,11 +207,10 @@ def cut_page(runs: Sequence[Run], start: int) -> Cut:
     return Cut(start, parts[-1].stop, tuple(parts), continues)
 
 
-@dataclass(slots=True)
-class LookupPage:
+class LookupPage(msgspec.Struct, eq=False):
     """One Lookup under way and the ticket that it is a part of.
 
-    asked ──answer──▶ answered ──update, once for each WAIT──▶ done
+    asked ──answer──▶ answered ──updates, until nothing is waited for──▶ done
     """
 
     ticket: Ticket
@@ -192,10 +229,9 @@ class LookupPage:
         count = self.cut.stop - self.cut.start
         if self.answered or len(states) != count:
             raise RemoteProtocolError(f"{len(states)} states answer a lookup of {count} keys")
-        hits = np.flatnonzero(np.frombuffer(states, np.uint8) == _HIT)
-        places = _unpack(slots, self.cut.sizes_of(hits), self.geometry)
-        self.ticket.put(self.cut.start, states, hits, places)
-        self.waiting = states.count(KeyState.WAIT)
+        _require_payload(slots, self.cut.sizes_where(states, *_PLACED), self.geometry)
+        self.ticket.put(self.cut.start, states, slots)
+        self.waiting = _count_waiting(states)
         self.answered = self.ticket.answered = True
 
     def update(self, indices: Sequence[int], states: bytes, slots: bytes) -> None:
@@ -204,13 +240,14 @@ class LookupPage:
             raise RemoteProtocolError("an update came before the answer")
         start, stop = self.cut.start, self.cut.stop
         for i in indices:
-            if not (i < stop - start and self.ticket.states[start + i] == KeyState.WAIT):
+            if not (i < stop - start and self.ticket.states[start + i] in _WAITING):
                 raise RemoteProtocolError(f"an update settles key {i}, which is not waited for")
-        hits = np.array(indices, np.intp)[np.frombuffer(states, np.uint8) == _HIT]
-        places = iter(_unpack(slots, self.cut.sizes_of(hits), self.geometry))
+        placed = np.array([i for i, s in zip(indices, states, strict=True) if s != _MISS], np.intp)
+        places = iter(_unpack(slots, self.cut.sizes_of(placed), self.geometry))
         for i, state in zip(indices, states, strict=True):
-            self.ticket.settle(start + i, next(places) if state == KeyState.HIT else None)
-        self.waiting -= len(indices)
+            place = None if state == _MISS else next(places)
+            self.ticket.change(start + i, state, place)
+        self.waiting -= len(indices) - _count_waiting(states)
 
     def give_up(self) -> None:
         """The NodeStore will say nothing more about this page."""
@@ -234,9 +271,9 @@ class ReservePage:
         count = self.cut.stop - self.cut.start
         if len(grants) != count:
             raise RemoteProtocolError(f"{len(grants)} grants answer a reserve of {count} keys")
-        granted = np.flatnonzero(np.frombuffer(grants, np.uint8) == _GRANTED)
-        places = _unpack(slots, self.cut.sizes_of(granted), self.geometry)
-        self.places = dict(zip((granted + self.cut.start).tolist(), places, strict=True))
+        places = _unpack(slots, self.cut.sizes_where(grants, _GRANTED), self.geometry)
+        granted = (self.cut.start + i for i, grant in enumerate(grants) if grant == _GRANTED)
+        self.places = dict(zip(granted, places, strict=True))
         self.grants = grants
         self.answered = True
 
@@ -244,19 +281,40 @@ class ReservePage:
         self.answered = True
 
 
+def _count_waiting(states: bytes) -> int:
+    return states.count(_WAIT) + states.count(_COMING)
+
+
 @functools.lru_cache(maxsize=8)  # a process sees one slab, or the next; five sums cost 5 us
 def _payload(geometry: Geometry) -> tuple[int, int]:
     return geometry.payload_offset, geometry.used_bytes
 
 
-def _unpack(slots: bytes, sizes: npt.NDArray[np.int64] | int, geometry: Geometry) -> list[Place]:
-    """SLOT_DTYPE rows for slots of these sizes. An engine will copy to or from them, so one that
-    does not lie in the payload is refused here (RemoteProtocolError).
+def _unpack(slots: bytes, sizes: npt.NDArray[np.uint64] | int, geometry: Geometry) -> list[Place]:
+    """SLOT_DTYPE rows for slots of these sizes. Raises as _require_payload does."""
+    _require_payload(slots, sizes, geometry)
+    return cast("list[Place]", unpack_slots(slots))
+
+
+def _require_payload(slots: bytes, sizes: npt.NDArray[np.uint64] | int, geometry: Geometry) -> None:
+    """An engine will copy to or from these SLOT_DTYPE rows, so one that does not lie in the payload
+    is refused (RemoteProtocolError). Sizes are at most those of an extent.
     """
     if not slots:
-        return []
+        return
     begin, end = _payload(geometry)
-    offsets = np.frombuffer(slots, SLOT_DTYPE)["offset"].astype(np.int64)  # from 2**63 on: negative
-    if offsets.min() < begin or (offsets > end - sizes).any():
+    payload_bytes = end - begin
+    if len(slots) == SLOT_DTYPE.itemsize and isinstance(sizes, int):  # numpy takes 4 us to begin
+        ((_, _, offset),) = unpack_slots(slots)
+        fits = 0 <= offset - begin <= payload_bytes - sizes
+    else:
+        # What lies before the payload wraps round, and is far behind its end.
+        starts = np.frombuffer(slots, SLOT_DTYPE)["offset"] - np.uint64(begin)
+        if isinstance(sizes, int):
+            fits = int(starts.max()) <= payload_bytes - sizes
+        else:
+            fits = (
+                int(starts.max()) <= payload_bytes and int((starts + sizes).max()) <= payload_bytes
+            )
+    if not fits:
         raise RemoteProtocolError("a place does not lie in the payload of the slab")
-    return cast("list[Place]", unpack_slots(slots))

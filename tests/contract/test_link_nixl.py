@@ -98,21 +98,30 @@ class TestNixlLink(LinkContract):
 # -- handles ------------------------------------------------------------------------------------
 
 
+class ObservedReleases:
+    """NIXL's agent, and the state of each transfer when it was released."""
+
+    def __init__(self, agent: Any) -> None:
+        self._agent = agent
+        self.states: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._agent, name)
+
+    def releaseXferReq(self, handle: int) -> None:  # noqa: N802 (NIXL's name)
+        self.states.append(self._agent.getXferStatus(handle).name)
+        self._agent.releaseXferReq(handle)
+
+
 def test_no_handle_is_released_before_it_has_ended(
     make_link: Callable[[], NixlLink], owner: NixlOwner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Method: look at each handle's state in NIXL at the moment of its release.
     link = make_link()
     reader = Reader(link)
-    agent = link._agent  # noqa: SLF001 (NIXL's, which is what is looked at)
-    release = agent.release_xfer_handle
-    states: list[str] = []
-
-    def observed_release(handle: Any) -> None:
-        states.append(agent.check_xfer_state(handle))
-        release(handle)
-
-    monkeypatch.setattr(agent, "release_xfer_handle", observed_release)
+    observed = ObservedReleases(link._transfers)  # noqa: SLF001 (NIXL's, which is what is looked at)
+    monkeypatch.setattr(link, "_transfers", observed)
+    states = observed.states
     owner.pause()
     try:
         reader.connect(owner)
@@ -124,7 +133,7 @@ def test_no_handle_is_released_before_it_has_ended(
     finally:
         owner.resume()
     reader.wait(1)
-    assert states == ["DONE"] * 16
+    assert states == ["NIXL_SUCCESS"] * 16
 
 
 def test_a_frozen_peer_that_thaws_lets_its_reads_end(
@@ -141,9 +150,9 @@ def test_a_frozen_peer_that_thaws_lets_its_reads_end(
     for _ in range(100):
         reader.poll()
     reader.link.abandon(ReadId(2))
-    if not over_tcp():  # cma needs nothing of the other process but its memory
-        reader.wait(2)
-    else:
+    # Over cma it ends all the same, unless the peer was frozen in the middle of UCX's handshake
+    # (3 of 14 times on two busy cores), which goes on after the first read. Nobody promises either.
+    if over_tcp():
         assert reader.ends.keys() == {1}
     owner.thaw()
     (end,) = reader.wait(2)

@@ -6,8 +6,6 @@ and look up blocks of stamped bytes through the very socket that engines use. Wh
 lists of actors and slabs is compared, not what somebody says of it.
 """
 
-import ctypes
-import hashlib
 import logging
 import os
 import signal
@@ -28,104 +26,21 @@ from kvray.actors import RAY_NAMESPACE, node_store_name
 from kvray.cluster.placement import ACTOR_OPTIONS, actor_names
 from kvray.cluster.status import NodeState
 from kvray.config import EngineConfig, find_sockets, socket_path
-from kvray.core.ids import BlockKey, Namespace
-from kvray.core.keys import block_keys, namespace_digest
-from kvray.core.messages import Grant, KeyState
+from kvray.core.codec import encode
+from kvray.core.ids import BlockKey, Epoch, NodeId, SlabId
+from kvray.core.layout import FORMAT_VERSION
+from kvray.core.messages import KeyState, NodeHello, NodeInfo
 from kvray.node.actor import NodeStore
-from kvray.node.client import ClientState, NodeClient, Ticket
-from kvray.node.mapped import MappedSlab
+from kvray.node.client import ClientState
+from tests.block_client import BLOCK_BYTES, Client, payload_of
 from tests.ray_nodes import wait_until
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(180)]
 
 SLAB: dict[str, Any] = {"slab_bytes": 16 << 20, "extent_bytes": 1 << 20}
-BLOCK_BYTES = 100_000  # no multiple of a page
 START_LIMIT_S = 60.0  # two actors that load NIXL, on two busy cores
+JOIN_LIMIT_MS = 1_000  # from a NodeStore's start until its engines are served
 IDLE_SHARE = 0.015  # of a core, for each process of kvray
-AMPLE_BUDGET_S = 5.0  # these clients have no scheduler step to keep
-
-
-class Client:
-    """Stores and finds blocks on one node, as an engine does."""
-
-    def __init__(self, cluster: kvray.Cluster, node_id: str, model: str = "model") -> None:
-        self.namespace = namespace_digest({"model": model})
-        settings = EngineConfig.parse(cluster.engine_settings() | {"node_id": node_id})
-        self.client = NodeClient(
-            find_socket=lambda: next(iter(find_sockets(settings)), None),
-            engine_nonce=int.from_bytes(os.urandom(7), "little"),
-            namespace=Namespace(self.namespace),
-            label=f"test client of {node_id[:8]}",
-            budget_s=AMPLE_BUDGET_S,
-            map_slab=True,
-            retry_first_s=0.05,
-            retry_last_s=0.2,
-        )
-        self.client.start()
-        self.wait_connected()
-
-    def wait_connected(self) -> None:
-        wait_until(lambda: self.client.state is ClientState.CONNECTED, what="a session")
-
-    def slab(self) -> MappedSlab:
-        session = self.client.session
-        assert session is not None
-        assert session.slab is not None
-        return session.slab
-
-    def keys(self, *names: str) -> list[BlockKey]:
-        return block_keys(self.namespace, [name.encode() for name in names])
-
-    def store(self, *names: str) -> list[BlockKey]:
-        """Reserve, fill and commit a block of each name; returns when that is acknowledged."""
-        keys = self.keys(*names)
-        self.client.begin_step()
-        reserved = self.client.reserve(keys, run_lengths=[len(keys)], run_slot_bytes=[BLOCK_BYTES])
-        assert reserved is not None
-        assert set(reserved.grants) == {Grant.GRANTED}
-        slab = self.slab()
-        for index, key in enumerate(keys):
-            _, _, offset = reserved.places[index]
-            ctypes.memmove(slab.address + offset, payload_of(key), BLOCK_BYTES)
-        self.client.commit(reserved.slab_id, list(reserved.places.values()))
-        assert self.client.drain(5.0)
-        return keys
-
-    def look_up(self, keys: list[BlockKey], *, deadline_ms: int = 2_000) -> Ticket:
-        """One prefix run; returns when every key is a HIT or a MISS."""
-        self.client.begin_step()
-        ticket = self.client.lookup(
-            keys,
-            run_lengths=[len(keys)],
-            run_is_prefix=[True],
-            run_slot_bytes=[BLOCK_BYTES],
-            deadline_ms=deadline_ms,
-        )
-        assert ticket is not None
-        wait_until(lambda: ticket.settled, what="the answer", limit_s=deadline_ms / 1_000 + 1)
-        return ticket
-
-    def hits(self, keys: list[BlockKey]) -> int:
-        """How many of them are there, and that those have the right bytes in the mapped slab."""
-        ticket = self.look_up(keys)
-        slab = self.slab()
-        count = 0
-        for index, key in enumerate(keys):
-            place = ticket.place(index)
-            if ticket.states[index] == KeyState.HIT:
-                assert place is not None
-                assert ctypes.string_at(slab.address + place[2], BLOCK_BYTES) == payload_of(key)
-                count += 1
-        self.client.unpin(ticket)
-        return count
-
-    def close(self) -> None:
-        self.client.close()
-
-
-def payload_of(key: BlockKey) -> bytes:
-    """What a block of this key holds: different in each of its pages."""
-    return hashlib.shake_128(key).digest(BLOCK_BYTES)
 
 
 @pytest.fixture(scope="module")
@@ -332,6 +247,31 @@ def test_a_second_node_store_on_the_same_slab_is_refused(
     assert pair[0].hits(keys) == 1
 
 
+def test_a_node_of_another_version_is_refused_by_name_and_not_misread(
+    running: kvray.Cluster,
+) -> None:
+    """Its first byte says so, whatever the rest would mean in this version."""
+    directory: Any = ray.get_actor("kvray:default:directory", namespace=RAY_NAMESPACE)
+    info = NodeInfo(
+        node_id=NodeId("ab" * 28),
+        epoch=Epoch(2**50),
+        link_name="another",
+        link_metadata=b"m",
+        slab_id=SlabId(bytes(16)),
+        slab_address=4_096,
+        slab_bytes=16 << 20,
+        extent_bytes=1 << 20,
+        host="elsewhere",
+        kvray_version="9.9.9",
+        format_version=FORMAT_VERSION + 1,
+    )
+    hello = encode(NodeHello(info, 0))
+    with pytest.raises(kvray.KVRayError, match="speaks format version 2, this one 1"):
+        ray.get(directory.hello.remote(bytes([FORMAT_VERSION + 1]) + hello[1:]))
+    assert info.node_id not in {node.node_id for node in running.status().nodes}
+    assert len(running.nodes()) == 2
+
+
 # ---- what dies comes back
 
 
@@ -405,11 +345,50 @@ def test_a_node_that_joins_gets_a_node_store_and_one_that_leaves_is_forgotten(
         running.wait_ready(3, deadline_s=START_LIMIT_S)
         newcomer = Client(running, node.node_id)
         assert newcomer.hits(keys) == 1
+        assert status_of(running, node.node_id)["served_after_ms"] <= JOIN_LIMIT_MS
         newcomer.close()
     finally:
         ray_cluster.remove_node(node)
     wait_until(lambda: node.node_id not in {n.node_id for n in running.nodes()}, what="the burial")
     running.wait_ready(2, deadline_s=START_LIMIT_S)
+
+
+def test_a_node_that_is_drained_leaves_its_blocks_to_the_others(
+    ray_cluster: RayCluster, running: kvray.Cluster, pair: tuple[Client, Client]
+) -> None:
+    a, b = pair
+    node = ray_cluster.add_node(num_cpus=1)
+    try:
+        running.wait_ready(3, deadline_s=START_LIMIT_S)
+        leaving = Client(running, node.node_id)
+        sole, shared = leaving.store("sole 1", "sole 2", "sole 3"), leaving.store("shared")
+        wait_listed(running, [*sole, *shared])
+        assert a.hits(shared) == 1
+        wait_listed(running, shared, copies=2)
+        files = files_of("default", node.node_id)
+
+        drained = running.drain(node.node_id)
+
+        # Its slab was that of a node that left before, so more may be in it than was stored here.
+        assert (drained.fetched, drained.lost) == (3, 0)
+        assert drained.kept == drained.blocks - 3 >= 1
+        wait_listed(running, [*sole, *shared])
+        assert b.hits(sole) == 3
+        assert b.hits(shared) == 1
+        assert [path for path in files if path.exists()] == []
+        states = {found.node_id: found.state for found in running.status().nodes}
+        assert states.pop(node.node_id) is NodeState.DRAINED
+        assert set(states.values()) - {NodeState.LOST} == {NodeState.READY}
+        running.wait_ready(deadline_s=START_LIMIT_S)  # does not wait for the drained one
+        with pytest.raises(kvray.NodeLostError, match="no node that serves"):
+            running.drain(node.node_id)
+        leaving.close()
+    finally:
+        ray_cluster.remove_node(node)
+    wait_until(
+        lambda: all(n.state is not NodeState.DRAINED for n in running.status().nodes),
+        what="Ray's word that it is gone",
+    )
 
 
 # ---- the end

@@ -226,6 +226,7 @@ def test_an_engine_without_a_node_store_serves_and_joins_when_it_appears(
     link.symlink_to(nodes.socket_path(0))
 
     wait_until(lambda: engine.call(in_engine.stats)["connected"], what="the engine's hello")
+    wait_until(lambda: engine.call(in_engine.worker_is_connected), what="the worker's hello")
     engine.generate(prompt)
     assert engine.call(in_engine.settle)["counters"]["stored_chunks"] == TOKENS // 128
 

@@ -12,7 +12,7 @@ import pytest
 
 from kvray.core.ids import BlockKey
 from kvray.core.messages import Grant, KeyState
-from tests.integration.test_cluster import Client
+from tests.block_client import Client
 from tests.ray_nodes import Nodes, running_nodes, wait_until
 
 pytestmark = [pytest.mark.heavy]

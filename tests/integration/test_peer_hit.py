@@ -14,7 +14,7 @@ from tests.conftest import EngineFactory
 from tests.engines import Engine
 from tests.models import tiny
 from tests.prompts import CHUNK_TOKENS, full_chunks, prompt_of
-from tests.ray_nodes import Nodes, running_nodes
+from tests.ray_nodes import Nodes, running_nodes, wait_until
 
 pytestmark = [pytest.mark.heavy, pytest.mark.engine]
 
@@ -152,3 +152,38 @@ def test_many_requests_at_once_for_one_document_fetch_it_once(
     assert {answer.cached_tokens for answer in answers} == {full_chunks(TOKENS)}
     fetched = nodes.status(1)["fetch"]["fetched_blocks"] - before
     assert fetched == full_chunks(TOKENS) // CHUNK_TOKENS
+
+
+def test_what_peers_have_comes_while_a_request_waits_for_its_turn(
+    nodes: Nodes, engines: tuple[Engine, Engine]
+) -> None:
+    # Method: the request arrives, and no step is run until its blocks are here.
+    a, b = engines
+    prompt = prompt_of(TOKENS, seed=21)
+    before = set(nodes.keys(0))
+    a.generate(prompt)
+    computed = stored(a, nodes, 0) - before
+
+    b.call(in_engine.add_request, "waiting", prompt)
+    wait_until(lambda: computed <= set(nodes.keys(1)), what="the blocks, before any step")
+
+    assert b.call(in_engine.finish_requests) == {"waiting": full_chunks(TOKENS)}
+
+
+def test_an_early_answer_that_has_become_old_is_asked_for_again(
+    nodes: Nodes, engines: tuple[Engine, Engine]
+) -> None:
+    # Goal: what somebody has stored while a request waited is a hit for it.
+    a, b = engines
+    prompt = prompt_of(TOKENS, seed=22)
+    b.call(in_engine.add_request, "waiting", prompt)
+    a.generate(prompt)
+    stored(a, nodes, 0)
+
+    assert b.call(in_engine.finish_requests) == {"waiting": full_chunks(TOKENS)}
+
+
+def test_an_engine_knows_how_fast_it_computes(engines: tuple[Engine, Engine]) -> None:
+    a, _ = engines
+    a.generate(prompt_of(TOKENS, seed=23))
+    assert a.call(in_engine.stats)["prefill_tokens_per_s"] > 0

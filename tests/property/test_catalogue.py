@@ -191,13 +191,19 @@ def test_many_rows_come_and_go_in_few_bytes() -> None:
     for listing, rows in held.items():
         for start in range(0, len(rows), 4_096):
             assert catalogue.add(listing, rows[start : start + 4_096]) == 0
-    assert catalogue.size_bytes < 100 * len(catalogue), "the promise of the docstring"
-    size_bytes = catalogue.size_bytes
-    for _ in range(3):
+    assert catalogue.size_bytes < 80 * len(catalogue), "the promise of the docstring"
+
+    def churn() -> None:
         for listing, rows in held.items():
             catalogue.remove(listing, rows["key"][:40_000].tobytes())
             catalogue.add(listing, rows[:40_000])
+
+    churn()  # places that were removed may make an index grow once
+    size_bytes = catalogue.size_bytes
+    for _ in range(4):
+        churn()
     assert catalogue.size_bytes <= 1.1 * size_bytes, "churn costs no memory"
+    assert catalogue.size_bytes < 80 * len(catalogue), "the promise of the docstring"
     for rows in held.values():
         at, _ = catalogue.locate(rows["key"].tobytes(), limit=1)
         assert np.array_equal(at, np.arange(50_000))

@@ -27,6 +27,7 @@ from kvray.core.ids import BlockKey, ClientId, Role
 from kvray.core.layout import FORMAT_VERSION, MAX_EXTENT_BYTES
 from kvray.core.messages import (
     MAX_CALL_BYTES,
+    MAX_COMPUTE_US,
     MAX_DEADLINE_MS,
     MAX_EPOCH,
     MAX_PERIOD_MS,
@@ -70,6 +71,7 @@ slot_rows = st.lists(st.tuples(u32, u64, u64), max_size=6)
 entry_rows = st.lists(st.tuples(key, u32, sizes, u64, st.sampled_from([0, 1])), max_size=6)
 slots = slot_rows.map(lambda rows: pack_slots(cast("list[SlotRow]", rows)))
 keys = st.lists(key.map(BlockKey), max_size=6).map(pack_keys)
+PLACED: set[int] = {KeyState.HIT, KeyState.COMING}
 geometry = st.tuples(st.integers(2**24, 2**40), st.sampled_from([2**16, 2**20, 3 * 4_096 * 9]))
 
 
@@ -85,10 +87,10 @@ def runs(draw: Any) -> dict[str, Any]:
 
 
 @st.composite
-def coded(draw: Any, codes: list[int], hit: int, name: str) -> dict[str, bytes]:
+def coded(draw: Any, codes: list[int], placed: set[int], name: str) -> dict[str, bytes]:
     """States or grants, and one slot for each that has one."""
     values = bytes(draw(st.lists(st.sampled_from(codes), max_size=6)))
-    count = values.count(hit)
+    count = sum(value in placed for value in values)
     rows = draw(st.lists(st.tuples(u32, u64, u64), min_size=count, max_size=count))
     return {name: values, "slots": pack_slots(rows)}
 
@@ -103,12 +105,13 @@ def lookups(draw: Any) -> Lookup:
         run_is_prefix=draw(st.lists(st.booleans(), min_size=count, max_size=count)),
         deadline_ms=draw(st.integers(0, MAX_DEADLINE_MS)),
         fetch=draw(st.booleans()),
+        key_compute_us=draw(st.integers(0, MAX_COMPUTE_US)),
     )
 
 
 @st.composite
 def updates(draw: Any) -> LookupUpdate:
-    answer = draw(coded([KeyState.MISS, KeyState.HIT], KeyState.HIT, "states"))
+    answer = draw(coded([KeyState.MISS, KeyState.HIT, KeyState.COMING], PLACED, "states"))
     count = len(answer["states"])
     index = st.integers(0, 1_023)
     return LookupUpdate(
@@ -149,6 +152,7 @@ def announces(draw: Any) -> Announce:
         removes=b"" if part else draw(keys),
         resync_part=part,
         resync_last=bool(part) and draw(st.booleans()),
+        doubtful=draw(keys),
     )
 
 
@@ -193,7 +197,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(
         lambda op, answer: LookupReply(op=op, **answer),
         u64,
-        coded(list(KeyState), KeyState.HIT, "states"),
+        coded(list(KeyState), PLACED, "states"),
     ),
     updates(),
     st.builds(Unpin, op=u64, lookup_op=u64),
@@ -201,7 +205,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(
         lambda op, answer: ReserveReply(op=op, **answer),
         u64,
-        coded(list(Grant), Grant.GRANTED, "grants"),
+        coded(list(Grant), {Grant.GRANTED}, "grants"),
     ),
     st.builds(Commit, op=u64, slab_id=slab_id, slots=slots),
     st.builds(Abandon, op=u64, slab_id=slab_id, slots=slots, reserve_op=u64),
@@ -225,6 +229,8 @@ messages: st.SearchStrategy[Message] = st.one_of(
         roster_version=u64,
         heartbeat_period_ms=periods,
         roster=st.none() | rosters,
+        read=keys,
+        spare=keys,
     ),
     st.builds(Locate, node_id=names, epoch=epochs, keys=keys),
     locate_replies(),

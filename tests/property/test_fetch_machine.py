@@ -30,6 +30,9 @@ LIMITS = FetchLimits(
     max_locate_keys=3,
     batch_bytes=3 * BLOCK_BYTES,
     batch_blocks=3,
+    first_batch_bytes=BLOCK_BYTES,
+    max_batches_ahead_per_peer=2,
+    max_batches_ahead=3,
 )
 
 some_keys = st.lists(st.sampled_from(KEYS), min_size=1, max_size=6, unique=True)
@@ -192,7 +195,8 @@ class FetchMachine(RuleBasedStateMachine):
         snapshot = world.core.snapshot()
         assert snapshot["blocks"] == {}
         assert snapshot["waits"] == {"waiters": 0, "keys": 0}
-        assert {snapshot["reads"][name] for name in ("reserving", "under_way", "abandoned")} == {0}
+        assert {snapshot["reads"][name] for name in ("under_way", "abandoned")} == {0}
+        assert snapshot["turns"] == {"reserving": 0, "reserved": 0}
         assert all(peer["outstanding_bytes"] == 0 for peer in snapshot["peers"].values())
         assert world.core.next_deadline_ms() is None
         assert not world.posted(ReadKind.PAYLOAD)

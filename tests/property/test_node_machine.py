@@ -13,7 +13,8 @@ from kvray.core.clients import SESSION_GRACE_MS
 from kvray.core.fetch import FetchLimits
 from kvray.core.ids import BlockKey, ClientId, OpId, SlotState
 from kvray.core.messages import KeyState
-from tests.nodes import BLOCK_BYTES, Cluster, Engine, Node, Slot, key, stamp, worker_of
+from tests.nodes import Cluster, Engine, Node, Slot, worker_of
+from tests.shells import BLOCK_BYTES, key, stamp
 
 KEYS = [key(n) for n in range(24)]  # more than a slab has slots
 NAMES = ["a", "b"]
@@ -135,7 +136,8 @@ class NodeMachine(RuleBasedStateMachine):
     def lose_waits(self, engine: Engine) -> None:
         """What a client does when its session ends."""
         for states in engine.states.values():
-            states[:] = states.replace(bytes([KeyState.WAIT]), bytes([KeyState.MISS]))
+            for waiting in (KeyState.WAIT, KeyState.COMING):
+                states[:] = states.replace(bytes([waiting]), bytes([KeyState.MISS]))
 
     def says_hello_again(self, n: int) -> None:
         engine = self.engine(n)
@@ -207,7 +209,7 @@ class NodeMachine(RuleBasedStateMachine):
         if calls:
             node, call_id = data.draw(st.sampled_from(calls))
             (node.answer_call if ok else node.fail_call_of)(call_id)
-            node.finish_renames()
+            node.open_links()
 
     @rule(data=st.data(), ok=st.sampled_from([True, True, True, False]))
     def a_read_ends(self, data: st.DataObject, ok: bool) -> None:  # noqa: FBT001
@@ -242,7 +244,7 @@ class NodeMachine(RuleBasedStateMachine):
         for node in self.cluster.nodes.values():
             while node.calls and self.cluster.directory is not None:
                 node.answer_call(min(node.calls))
-                node.finish_renames()
+                node.open_links()
 
     def a_node_is_buried(self, name: str) -> None:
         if self.cluster.directory is not None:
@@ -283,7 +285,7 @@ class NodeMachine(RuleBasedStateMachine):
             if is_told and deadline_ms <= self.cluster.now_ms:
                 node = engine.node
                 due_ms = node.core.next_deadline_ms()
-                late = KeyState.WAIT in engine.states[op]
+                late = is_waiting(engine.states[op])
                 assert not late or (due_ms is not None and due_ms <= self.cluster.now_ms)
 
     @invariant()
@@ -304,7 +306,7 @@ class NodeMachine(RuleBasedStateMachine):
                 self.greet(engine, cluster[engine.node.name])
             engine.listen()
             for op in list(engine.states):
-                assert KeyState.WAIT not in engine.states[op], "waits for ever"
+                assert not is_waiting(engine.states[op]), "waits for ever"
                 self.unpin(engine, op)
             engine.abandon(*list(engine.reserved))
         for node, worker in self.orphans:
@@ -342,6 +344,10 @@ class NodeMachine(RuleBasedStateMachine):
             if r["state"] == SlotState.READY
         }
         assert listed == ready, "a phantom, or one is missing"
+
+
+def is_waiting(states: bytearray) -> bool:
+    return KeyState.WAIT in states or KeyState.COMING in states
 
 
 NodeMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)

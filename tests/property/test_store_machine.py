@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvray.core.effects import Place
-from kvray.core.eviction import Lru, LruWithProbation
+from kvray.core.eviction import Lru, Segmented
 from kvray.core.ids import BlockKey, ClientId, OpId, Origin, SlotIndex, SlotState
 from kvray.core.layout import WRITER_NODE, aligned
 from kvray.core.messages import Grant
@@ -57,7 +57,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.core = self.new_core()
 
     def new_core(self) -> StoreCore:
-        policy = Lru() if self.probation is None else LruWithProbation(self.probation)
+        policy = Lru() if self.probation is None else Segmented(self.probation, 0.3)
         return StoreCore(
             self.slab.geometry, generation_mark=self.slab.mark, limits=LIMITS, policy=policy
         )
@@ -274,6 +274,16 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(wanted=keys)
     def touch(self, wanted: list[BlockKey]) -> None:
         self.core.touch(wanted, self.now_ms)
+
+    @rule(wanted=keys, spared=keys, most=st.integers(1, 4))
+    def hints(self, wanted: list[BlockKey], spared: list[BlockKey], most: int) -> None:
+        """Right or wrong, they change nothing but the order of eviction."""
+        self.core.spare(spared)
+        self.core.read(wanted, self.now_ms)
+        doubtful = self.core.take_doubtful(most)
+        assert len(doubtful) <= most
+        assert all(self.ready[key].slot not in self.pinned() for key in doubtful)
+        assert self.core.take_doubtful(most) == []
 
     @rule(key=st.sampled_from(KEYS))
     def evict(self, key: BlockKey) -> None:

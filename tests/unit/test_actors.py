@@ -1,5 +1,6 @@
 """Goal: a bug ends an actor's process at once and is told; names of two clusters never meet."""
 
+import os
 import subprocess
 import sys
 
@@ -30,6 +31,27 @@ threading.Event().wait()
     assert done.returncode == BUG_EXIT_CODE
     assert "a bug in a thread" in done.stderr
     assert "AssertionError: the reason" in done.stderr
+
+
+def test_the_niceness_of_a_ray_worker_is_undone_in_all_of_its_threads() -> None:
+    """As root, who may; anybody else is told what to do."""
+    done = run(
+        """
+import os, threading
+from kvray.actors import run_at_normal_priority
+os.nice(15)
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+before = {os.getpriority(os.PRIO_PROCESS, int(t)) for t in os.listdir("/proc/self/task")}
+allowed = run_at_normal_priority()
+after = {os.getpriority(os.PRIO_PROCESS, int(t)) for t in os.listdir("/proc/self/task")}
+print(before, after, allowed)
+"""
+    )
+    if os.geteuid() == 0:
+        assert done.stdout == "{15} {0} True\n"
+    else:
+        assert done.stdout == "{15} {15} False\n"
+        assert "RAY_worker_niceness=0" in done.stderr
 
 
 def test_asserts_can_not_be_switched_off() -> None:

@@ -40,12 +40,14 @@ from kvray.core.messages import (
     MAX_CALL_BYTES,
     MAX_CHANGES_PER_ANNOUNCE,
     MAX_DEADLINE_MS,
+    MAX_DOUBTFUL_KEYS,
     MAX_EPOCH,
     MAX_KEYS_PER_MESSAGE,
     MAX_LINK_METADATA_BYTES,
     MAX_LOCATE_KEYS,
     MAX_MESSAGE_BYTES,
     MAX_NAME_BYTES,
+    MAX_READ_KEYS,
     MAX_ROSTER_NODES,
     MAX_SOURCES_PER_KEY,
     MAX_TEXT_BYTES,
@@ -125,8 +127,8 @@ LOOKUP = Lookup(
     run_slot_bytes=[4_096, MAX_EXTENT_BYTES],
     deadline_ms=2_000,
 )
-LOOKUP_REPLY = LookupReply(op=OP, states=bytes([1, 2, 1, 0]), slots=SLOTS)
-LOOKUP_UPDATE = LookupUpdate(op=OP, indices=[7, 1, 1_023], states=bytes([1, 0, 1]), slots=SLOTS)
+LOOKUP_REPLY = LookupReply(op=OP, states=bytes([1, 2, 3, 0]), slots=SLOTS)
+LOOKUP_UPDATE = LookupUpdate(op=OP, indices=[7, 1, 1_023], states=bytes([1, 0, 3]), slots=SLOTS)
 UNPIN = Unpin(op=OP, lookup_op=OpId(6))
 RESERVE = Reserve(op=OP, keys=pack_keys(KEYS), run_lengths=[3], run_slot_bytes=[1])
 RESERVE_REPLY = ReserveReply(op=OP, grants=bytes([0, 1, 2, 0]), slots=SLOTS)
@@ -149,9 +151,15 @@ ANNOUNCE = Announce(
     roster_version=0,
     adds=pack_entries([ENTRY]),
     removes=pack_keys(KEYS),
+    doubtful=pack_keys(KEYS),
 )
 ANNOUNCE_REPLY = AnnounceReply(
-    status=AnnounceStatus.RESYNC, term=Term(1), roster_version=3, heartbeat_period_ms=200
+    status=AnnounceStatus.RESYNC,
+    term=Term(1),
+    roster_version=3,
+    heartbeat_period_ms=200,
+    read=pack_keys(KEYS),
+    spare=pack_keys(KEYS),
 )
 LOCATE = Locate(node_id=NodeId("node-a"), epoch=Epoch(2), keys=pack_keys(KEYS))
 LOCATE_REPLY = LocateReply(
@@ -233,7 +241,8 @@ BROKEN: list[tuple[Message, str]] = [
     with_(LOOKUP, run_slot_bytes=[1, MAX_EXTENT_BYTES + 1]),
     with_(LOOKUP, deadline_ms=-1),
     with_(LOOKUP, deadline_ms=MAX_DEADLINE_MS + 1),
-    with_(LOOKUP_REPLY, states=bytes([1, 2, 1, 3])),
+    with_(LOOKUP_REPLY, states=bytes([1, 2, 1, 4])),
+    (with_(LOOKUP_REPLY, states=bytes([1, 3, 1, 0]))[0], "slots"),
     with_(LOOKUP_REPLY, states=bytes(MAX_KEYS_PER_MESSAGE + 1)),
     with_(LOOKUP_REPLY, slots=SLOTS[:20]),
     with_(LOOKUP_REPLY, slots=SLOTS[:-1]),
@@ -287,6 +296,10 @@ BROKEN: list[tuple[Message, str]] = [
     with_(ANNOUNCE, resync_part=-1),
     (msgspec.structs.replace(ANNOUNCE, resync_last=True), "the last part of no resync"),
     (msgspec.structs.replace(ANNOUNCE, resync_part=1), "a part of a resync has removes"),
+    with_(ANNOUNCE, doubtful=bytes(15)),
+    with_(ANNOUNCE, doubtful=bytes(16 * (MAX_DOUBTFUL_KEYS + 1))),
+    with_(ANNOUNCE_REPLY, read=bytes(16 * (MAX_READ_KEYS + 1))),
+    with_(ANNOUNCE_REPLY, spare=bytes(16 * (MAX_DOUBTFUL_KEYS + 1))),
     with_(ANNOUNCE_REPLY, term=-1),
     with_(ANNOUNCE_REPLY, roster_version=-1),
     with_(ANNOUNCE_REPLY, heartbeat_period_ms=60_001),

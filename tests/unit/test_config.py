@@ -106,6 +106,8 @@ def test_a_size_survives_being_written_as_text(count_bytes: int) -> None:
         ("lock", "require", "did you mean 'required'?"),
         ("probation_fraction", 1.5, "a number between 0.0 and 0.9"),
         ("probation_fraction", "0.1", "found '0.1' (str)"),
+        ("reused_fraction", 0.95, "a number between 0.0 and 0.9"),
+        ("replacement", "lur", "did you mean 'lru'?"),
         ("lookup_deadline_ms", 0, "a whole number of milliseconds between 1 and 60000"),
         ("lookup_deadline_ms", True, "found True (bool)"),
         ("lookup_deadline_ms", None, "found None (NoneType)"),

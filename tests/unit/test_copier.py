@@ -23,6 +23,7 @@ from kvray.engine.copier import (
     GroupPages,
     TensorPages,
     build_transfers,
+    slot_ends,
 )
 from kvray.engine.raw_copy import Pointers, copy_pieces
 
@@ -180,6 +181,27 @@ def test_a_store_puts_each_page_where_the_layout_says_and_a_load_brings_it_back(
     for layers, memories in zip(job.groups, before, strict=True):
         for layer, memory in zip(layers, memories, strict=True):
             assert (layer.memory == memory).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(job=jobs())
+def test_the_pieces_of_a_slot_are_those_up_to_its_end(job: Job) -> None:
+    slab = noise(job.slab_bytes + 1, seed=7)
+    _, slab_pointers, _ = job.transfers(slab)
+    ends = slot_ends(
+        job.pages(),
+        group_sizes=[len(ids) for ids in job.block_ids],
+        block_indices=job.block_indices,
+    )
+    assert len(ends) == len(job.slots)
+    assert not len(ends) or ends[-1] == len(slab_pointers)
+    by_place = sorted(job.slots)
+    for slot, begin, end in zip(job.slots, [0, *ends][: len(ends)], ends, strict=True):
+        offsets = slab_pointers[begin:end] - np.uint64(slab.ctypes.data)
+        behind = [place for place in by_place if place > slot]
+        assert len(offsets), "a slot without a piece"
+        assert (offsets >= slot).all()
+        assert not behind or (offsets < behind[0]).all()
 
 
 def test_a_part_is_layers_side_by_side_and_a_slot_is_ranks_side_by_side() -> None:

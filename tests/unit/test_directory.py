@@ -11,8 +11,9 @@ from typing import TypeVar
 
 import msgspec
 
-from kvray.core.codec import decode, encode, pack_entries, pack_keys, unpack_locations
+from kvray.core.codec import decode, encode, pack_entries, pack_keys, unpack_keys, unpack_locations
 from kvray.core.directory import (
+    MAX_COLLECTING,
     MAX_EVENTS,
     TICK_MS,
     DirectoryCore,
@@ -20,9 +21,20 @@ from kvray.core.directory import (
     NodeState,
     heartbeat_period_ms,
 )
-from kvray.core.ids import BlockKey, Epoch, Generation, NodeId, Origin, SlabId, SlotIndex, Term
+from kvray.core.ids import (
+    KEY_BYTES,
+    BlockKey,
+    Epoch,
+    Generation,
+    NodeId,
+    Origin,
+    SlabId,
+    SlotIndex,
+    Term,
+)
 from kvray.core.messages import (
     MAX_CALL_BYTES,
+    MAX_READ_KEYS,
     MAX_SOURCES_PER_KEY,
     Announce,
     AnnounceReply,
@@ -356,8 +368,8 @@ def test_an_old_message_is_no_sign_of_life() -> None:
 
 def test_heartbeats_are_rarer_in_a_large_cluster() -> None:
     periods = [heartbeat_period_ms(count) for count in range(2_000)]
-    assert periods[1] == periods[10] == 500
-    assert periods[505] == 1_250
+    assert periods[1] == periods[10] == 300
+    assert periods[505] == 1_150
     assert periods[1_000] == periods[1_999] == 2_000
     assert periods == sorted(periods)
 
@@ -367,14 +379,14 @@ def test_a_node_of_a_large_cluster_has_the_time_it_was_told() -> None:
     nodes = [Node(cluster, f"n{i}") for i in range(310)]
     for node in nodes:
         cluster.core.on_hello(NodeHello(info=node.info, wall_clock_ms=0), cluster.now_ms)
-    assert nodes[0].hello().heartbeat_period_ms == 954
+    assert nodes[0].hello().heartbeat_period_ms == 815
     # All others leave, so that heartbeats must be more frequent again; this node is told so, but
     # the answer may have been lost.
     for node in nodes[1:]:
         cluster.core.on_bye(node.info.node_id, node.info.epoch)
-    assert nodes[0].send(nodes[0].say()).heartbeat_period_ms == 500
+    assert nodes[0].send(nodes[0].say()).heartbeat_period_ms == 300
     states: list[NodeState | None] = []
-    for duration_ms in (2_750, 250, 1_750, 250):  # 3 * 954 is in the second, 5 * 954 in the last
+    for duration_ms in (2_400, 200, 1_400, 200):  # 3 * 815 is in the second, 5 * 815 in the last
         cluster.wait(duration_ms)
         states.append(cluster.core.state_of(nodes[0].info.node_id))
     assert states == [NodeState.ALIVE, NodeState.SUSPECT, NodeState.SUSPECT, NodeState.BURIED]
@@ -410,6 +422,23 @@ def test_a_gap_is_noticed_and_the_whole_set_replaces_what_was_known() -> None:
     assert node.part(3, D, last=True) is OK
     assert reader.locate(A, B, C, D) == [(0, "a", 1), (2, "a", 1), (3, "a", 1)]
     assert node.announce() is OK
+
+
+def test_sets_are_asked_for_a_few_at_a_time_and_changes_are_heard_meanwhile() -> None:
+    cluster = Cluster()
+    nodes = [Node(cluster, f"n{i}") for i in range(MAX_COLLECTING + 2)]
+    for node in nodes:
+        node.hello()
+    *first, next_, last = nodes
+    assert {node.part(1, A) for node in first} == {OK}
+    assert [next_.announce(), last.announce(B)] == [OK, OK], "not yet"
+    assert first[0].locate(B) == [(0, last.info.node_id, 1)]
+    first[0].part(2, B, last=True)
+    assert next_.announce() is RESYNC
+    next_.part(1, C)
+    assert last.announce() is OK
+    cluster.core.on_bye(first[1].info.node_id, first[1].info.epoch)
+    assert last.announce() is RESYNC, "a node that is gone gives its turn back"
 
 
 def test_changes_during_a_resync_are_seen_at_once_and_outlive_it() -> None:
@@ -584,3 +613,64 @@ def test_the_snapshot_is_plain_data() -> None:
     assert json.loads(json.dumps(snapshot)) == snapshot
     assert snapshot["nodes"]["a"]["entries"] == snapshot["entries"] == 1
     assert snapshot["nodes"]["b"]["state"] == "expected"
+
+
+# -- homes -----------------------------------------------------------------------------------------
+
+
+def heartbeat(node: Node, *doubtful: BlockKey) -> AnnounceReply:
+    announce = msgspec.structs.replace(node.say(), doubtful=pack_keys(doubtful))
+    return node.send(announce)
+
+
+def test_the_home_of_a_block_hears_once_that_it_is_wanted() -> None:
+    """Whoever has had it for longest, and nobody else; not when it asks itself."""
+    cluster = Cluster()
+    home, copy, asker = (Node(cluster, name).join() for name in "abc")
+    home.announce(A, B)
+    copy.announce(A, C)
+    home.locate(C)
+    asker.locate(A, B, C, D)
+    assert unpack_keys(heartbeat(home).read) == [A, B]
+    assert unpack_keys(heartbeat(copy).read) == [C, C]
+    assert heartbeat(home).read == heartbeat(copy).read == heartbeat(asker).read == b""
+
+
+def test_only_so_many_wanted_keys_are_kept_for_a_node() -> None:
+    cluster = Cluster()
+    home, asker = (Node(cluster, name).join() for name in "ab")
+    home.announce(A, B)
+    for _ in range(MAX_READ_KEYS):
+        asker.locate(A, B)
+    assert len(heartbeat(home).read) == MAX_READ_KEYS * KEY_BYTES
+
+
+def test_what_was_wanted_of_an_epoch_before_is_forgotten() -> None:
+    cluster = Cluster()
+    home, asker = (Node(cluster, name).join() for name in "ab")
+    home.announce(A)
+    asker.locate(A)
+    home.hello(epoch=home.info.epoch + 1)
+    home.sequence = 0
+    assert heartbeat(home).read == b""
+
+
+def test_of_those_who_have_a_block_its_home_alone_may_not_spare_it() -> None:
+    cluster = Cluster()
+    home, copy = (Node(cluster, name).join() for name in "ab")
+    home.announce(A, B)
+    copy.announce(A, C)
+    assert unpack_keys(heartbeat(home, A, B, D).spare) == []
+    assert unpack_keys(heartbeat(copy, A, C).spare) == [A]
+    home.remove(A)
+    assert unpack_keys(heartbeat(copy, A, C).spare) == []
+
+
+def test_nothing_is_spared_for_a_suspect() -> None:
+    cluster = Cluster()
+    home, copy = (Node(cluster, name).join() for name in "ab")
+    home.announce(A)
+    copy.announce(A)
+    cluster.wait(1_200, copy)
+    assert cluster.core.state_of(home.info.node_id) is NodeState.SUSPECT
+    assert heartbeat(copy, A).spare == b""

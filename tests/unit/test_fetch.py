@@ -6,7 +6,7 @@ import pytest
 
 from kvray.core.commands import AskDirectory, Missed, MissReason, ReadKind
 from kvray.core.fetch import FetchLimits, Source
-from kvray.core.ids import Epoch, Generation, NodeId, SlotIndex, SlotState
+from kvray.core.ids import BlockKey, Epoch, Generation, NodeId, SlotIndex, SlotState
 from tests.fetching import BLOCK_BYTES, FetchWorld, Target, key, node_info, waiter
 
 A, B, C = key(1), key(2), key(3)
@@ -206,7 +206,7 @@ def test_a_failed_read_gives_its_targets_back_and_its_peer_is_avoided_for_a_whil
     assert len(world.reads) == 1
 
 
-def test_avoidance_doubles_up_to_eight_seconds_and_a_proven_read_ends_it() -> None:
+def test_avoidance_doubles_up_to_a_second_and_a_proven_read_ends_it() -> None:
     world = FetchWorld.with_peers("peer")
     source = world.fill("peer", 7, A)
     for n in range(6):
@@ -214,7 +214,7 @@ def test_avoidance_doubles_up_to_eight_seconds_and_a_proven_read_ends_it() -> No
         world.locate([source])
         world.end_read(ok=False)
         world.tick(world.failed_peers[-1].avoid_ms)
-    assert [f.avoid_ms for f in world.failed_peers] == [500, 1_000, 2_000, 4_000, 8_000, 8_000]
+    assert [f.avoid_ms for f in world.failed_peers] == [500, 1_000, 1_000, 1_000, 1_000, 1_000]
 
     world.want(ME, [A])
     world.locate([source])
@@ -409,7 +409,7 @@ def test_misses_are_named_before_anything_is_reserved_for_what_they_make_worthle
     commands += core.advance(0)
     found = [[], [world.fill("peer", 1, B)]]
     assert isinstance(commands[0], AskDirectory)
-    told = core.on_located(commands[0].locate_id, found)
+    told = core.on_located(commands[0].locate_id, found, now_ms=0)
     assert [type(command).__name__ for command in told] == ["Missed"]
 
     core.forget(ME, [B])  # what a prefix run does
@@ -429,7 +429,7 @@ def test_nothing_is_reserved_while_a_plan_names_misses() -> None:
     )
     assert isinstance(ask, AskDirectory)
     found = [[world.fill("bad", 1, A)], [world.fill("good", 1, B)]]
-    assert core.on_located(ask.locate_id, found) == []
+    assert core.on_located(ask.locate_id, found, now_ms=0) == []
 
     assert core.advance(0) == [Missed(ME, (A,), MissReason.PEER_FAILED)]
     core.forget(ME, [B])
@@ -517,7 +517,7 @@ def test_reads_of_a_peer_are_few_and_bounded_and_the_rest_waits_for_its_turn() -
     world.want(ME, keys)
     world.locate(*([world.fill("peer", n, k)] for n, k in enumerate(keys)))
     assert [len(post.bytes) for post in world.posted(ReadKind.PAYLOAD)] == [4, 4]
-    assert len(world.targets) == 8
+    assert len(world.targets) == len(keys), "but all have their slots"
 
     while world.reads:
         world.end_read()
@@ -577,3 +577,114 @@ def test_an_idle_core_has_no_deadline() -> None:
     world.locate([])
 
     assert world.core.next_deadline_ms() is None
+
+
+# ── what is coming is told before it is read ─────────────────────────────────────────────────────
+
+
+def chain_at(world: FetchWorld, peer: str, count: int) -> list[BlockKey]:
+    """ME wants a chain of blocks that this peer has."""
+    keys = [key(n) for n in range(count)]
+    world.want(ME, keys)
+    world.locate(*([world.fill(peer, n, k)] for n, k in enumerate(keys)))
+    return keys
+
+
+def test_the_places_of_a_whole_chain_are_told_before_its_head_has_come() -> None:
+    limits = FetchLimits(batch_blocks=2, max_reads_per_peer=1)
+    world = FetchWorld.with_peers("peer", limits=limits)
+    keys = chain_at(world, "peer", 6)
+
+    assert list(world.coming[ME]) == keys
+    assert not world.arrived
+    while world.reads:
+        world.end_read()
+    assert world.arrived == [(ME, k) for k in keys], "each in the slot that was told (the world)"
+
+
+def test_who_joins_a_fetch_whose_slot_is_known_is_told_it_at_once() -> None:
+    world = FetchWorld.with_peers("peer")
+    chain_at(world, "peer", 1)
+
+    world.want(YOU, [key(0)])
+
+    assert world.coming[YOU] == world.coming[ME]
+
+
+def test_slots_are_reserved_a_few_batches_ahead_and_no_further() -> None:
+    limits = FetchLimits(batch_blocks=1, max_reads_per_peer=1, max_batches_ahead_per_peer=3)
+    world = FetchWorld.with_peers("peer", limits=limits)
+    keys = chain_at(world, "peer", 10)
+
+    assert set(world.coming[ME]) == set(keys[:4]), "one is read, three are ahead"
+    world.end_read()
+    world.end_read()
+    assert set(world.coming[ME]) == set(keys[:5])
+
+
+def test_batches_ahead_of_one_peer_do_not_hold_up_another() -> None:
+    limits = FetchLimits(batch_blocks=1, max_reads_per_peer=1, max_batches_ahead=2)
+    world = FetchWorld.with_peers("long", "short", limits=limits)
+    chain_at(world, "long", 10)
+
+    world.want(YOU, [key(20)])
+    world.locate([world.fill("short", 1, key(20))])
+
+    assert [post.node_id for post in world.posted(ReadKind.PAYLOAD)] == ["long", "short"]
+
+
+def test_the_first_of_several_batches_is_small_so_that_it_comes_soon() -> None:
+    limits = FetchLimits(batch_bytes=4 * BLOCK_BYTES, first_batch_bytes=BLOCK_BYTES)
+    world = FetchWorld.with_peers("peer", limits=limits)
+    chain_at(world, "peer", 9)
+    assert [len(post.bytes) for post in world.posted(ReadKind.PAYLOAD)] == [1, 4]
+
+    world = FetchWorld.with_peers("peer", limits=limits)
+    chain_at(world, "peer", 4)
+    assert [len(post.bytes) for post in world.posted(ReadKind.PAYLOAD)] == [4], "all fits in one"
+
+
+def test_what_is_asked_of_the_next_source_is_told_its_new_place() -> None:
+    world = FetchWorld.with_peers("bad", "good")
+    world.want(ME, [A])
+    world.locate([world.fill("bad", 1, A), world.fill("good", 1, A)])
+    first = world.coming[ME][A]
+    world.end_read(ok=False)
+
+    second = world.coming[ME][A]
+    assert second.generation != first.generation
+    world.end_read()
+    world.end_read()
+    assert world.arrived == [(ME, A)]
+
+
+def test_a_slot_whose_turn_has_not_come_is_given_back_when_nobody_wants_it_any_more() -> None:
+    limits = FetchLimits(batch_blocks=1, max_reads_per_peer=1)
+    world = FetchWorld.with_peers("peer", limits=limits)
+    keys = chain_at(world, "peer", 4)
+
+    world.forget(ME, keys[1:])
+
+    assert world.states() == [Target.WRITING, Target.FREE, Target.FREE, Target.FREE]
+    while world.reads:
+        world.end_read()
+    assert world.arrived == [(ME, keys[0])]
+
+
+def test_a_miss_at_the_deadline_gives_back_what_was_reserved_ahead() -> None:
+    limits = FetchLimits(batch_blocks=1, max_reads_per_peer=1)
+    world = FetchWorld.with_peers("peer", limits=limits)
+    keys = chain_at(world, "peer", 3)
+
+    world.tick(1_000)
+
+    assert [block for _, block, _ in world.missed] == keys
+    assert world.states() == [Target.QUARANTINE, Target.FREE, Target.FREE]
+
+
+def test_few_blocks_are_reserved_ahead_however_small_they_are() -> None:
+    limits = FetchLimits(batch_blocks=2, max_reads_per_peer=1, max_blocks_ahead=4)
+    world = FetchWorld.with_peers("peer", limits=limits)
+    keys = chain_at(world, "peer", 20)
+
+    assert set(world.coming[ME]) == set(keys[:6]), "two are read, four are ahead"

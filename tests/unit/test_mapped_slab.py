@@ -268,3 +268,36 @@ def read(mapped: MappedSlab, offset: int) -> npt.NDArray[np.uint64]:
     words = (ctypes.c_uint64 * (BLOCK_BYTES // 8)).from_address(mapped.address + offset)
     source = np.frombuffer(memoryview(words), np.uint64)
     return np.concatenate([source[begin : begin + 64] for begin in range(0, len(source), 64)])
+
+
+# ── what is on its way ───────────────────────────────────────────────────────────────────────────
+
+
+def test_what_is_ready_counts_up_to_the_first_that_is_being_written(slab: SlabOwner) -> None:
+    writer = Writer(slab)
+    places = [writer.write(key_of(0)), writer.reserve(key_of(1)), writer.write(key_of(2))]
+    mapped = map_slab(slab)
+
+    assert mapped.leading_ready(**columns(places)) == 1
+    writer.commit(places[1])
+    assert mapped.leading_ready(**columns(places)) == 3
+    assert mapped.leading_ready(**columns([])) == 0
+
+
+def test_a_slot_that_is_neither_ready_nor_being_written_never_will_be(slab: SlabOwner) -> None:
+    writer = Writer(slab)
+    places = [writer.reserve(key_of(0)), writer.write(key_of(1))]
+    mapped = map_slab(slab)
+    assert mapped.leading_ready(**columns(places)) == 0
+
+    writer.evict(key_of(1))
+    assert mapped.leading_ready(**columns(places)) is None
+
+
+@pytest.mark.parametrize("column", ["generations", "offsets", "slot_bytes", "keys"])
+def test_what_is_being_written_must_be_what_was_told(slab: SlabOwner, column: str) -> None:
+    writer = Writer(slab)
+    told = columns([writer.reserve(key_of(0))])
+    told[column] = b"x" * 16 if column == "keys" else told[column] + 1
+
+    assert map_slab(slab).leading_ready(**told) is None

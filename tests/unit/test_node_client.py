@@ -53,7 +53,7 @@ from tests.scripted_node import (
 
 NONCE = 4711
 NAMESPACE = Namespace(b"n" * 16)
-HIT, MISS, WAIT = KeyState.HIT, KeyState.MISS, KeyState.WAIT
+HIT, MISS, WAIT, COMING = KeyState.HIT, KeyState.MISS, KeyState.WAIT, KeyState.COMING
 AMPLE_S = 5.0  # a budget that only a bug spends
 REPLY = (NodeId("n"), Epoch(1), SlabId(b"S" * 16), GEOMETRY.slab_bytes, GEOMETRY.extent_bytes)
 SHORT_S = 0.01  # one that a silent node spends
@@ -286,6 +286,60 @@ def test_what_was_waited_for_arrives_while_the_engine_does_other_things(
     until(lambda: ticket.settled)
     assert ticket.place(1) == place_of(8)
     assert engine.client.snapshot()["open_lookups"] == 0
+
+
+def test_a_ticket_is_arriving_when_all_places_are_known_and_a_first_block_has_come(
+    node: ScriptedNode, engine: Engine
+) -> None:
+    node.script[Lookup] = lambda lookup: LookupReply(
+        lookup.op, bytes([HIT, COMING, WAIT]), rows_of(place_of(1), place_of(2))
+    )
+    ticket = engine.asked(1, 2, 3)
+    op = node.wait(Lookup).op
+    assert ticket.place(1) == place_of(2)
+    assert ticket.from_peer(1)
+    assert not ticket.settled
+    node.say(LookupUpdate(op, [2], bytes([COMING]), rows_of(place_of(3))))
+    until(lambda: ticket.states.count(COMING) == 2)
+    assert not ticket.arriving, "what was here all along proves nothing of the peer"
+
+    node.say(LookupUpdate(op, [1], bytes([HIT]), rows_of(place_of(2))))
+    until(lambda: ticket.arriving)
+    assert not ticket.settled
+
+    node.say(LookupUpdate(op, [2], bytes([HIT]), rows_of(place_of(3))))
+    until(lambda: ticket.settled)
+    assert not ticket.arriving
+    assert engine.client.snapshot()["open_lookups"] == 0
+
+
+def test_what_is_coming_may_come_to_another_place_or_not_at_all(
+    node: ScriptedNode, engine: Engine
+) -> None:
+    node.script[Lookup] = lambda lookup: LookupReply(
+        lookup.op, bytes([COMING, COMING]), rows_of(place_of(1), place_of(2))
+    )
+    ticket = engine.asked(1, 2)
+    op = node.wait(Lookup).op
+    node.say(LookupUpdate(op, [0, 1], bytes([COMING, MISS]), rows_of(place_of(7))))
+    until(lambda: MISS in ticket.states)
+
+    assert ticket.place(0) == place_of(7)
+    assert ticket.place(1) is None
+
+
+def test_what_is_coming_when_the_connection_ends_is_a_miss(
+    node: ScriptedNode, engine: Engine
+) -> None:
+    node.script[Lookup] = lambda lookup: LookupReply(
+        lookup.op, bytes([HIT, COMING]), rows_of(place_of(1), place_of(2))
+    )
+    ticket = engine.asked(1, 2)
+    until(lambda: COMING in ticket.states)
+    node.hang_up()
+    until(lambda: ticket.lost)
+
+    assert bytes(ticket.states) == bytes([HIT, MISS])
 
 
 def test_a_local_lookup_says_that_nothing_may_be_fetched(

@@ -5,9 +5,11 @@ import pytest
 from kvray.core.commands import MissReason, ReadKind
 from kvray.core.fetch import FetchLimits
 from kvray.core.ids import SlotState
+from kvray.core.layout import FORMAT_VERSION
 from kvray.core.messages import Announce, Locate
 from kvray.core.node import CLOGGED_MS
-from tests.nodes import BLOCK_BYTES, Cluster, Engine, key, stamp
+from tests.nodes import Cluster, Engine
+from tests.shells import BLOCK_BYTES, Slab, key, stamp
 
 A, B, C, D = (key(n) for n in range(1, 5))
 ALL = [A, B, C, D]
@@ -83,7 +85,7 @@ def test_when_the_local_writer_gives_up_nothing_behind_it_is_fetched() -> None:
 
 def test_a_fetched_copy_is_announced_and_can_be_fetched_from_there() -> None:
     cluster, _, there = cluster_with(A)
-    cluster.start("c", type(cluster["a"].slab)("c"))
+    cluster.start("c", Slab("c"))
     cluster.pass_ms(300)
     there.lookup([A])
     cluster.pass_ms(300)
@@ -275,7 +277,9 @@ def test_an_idle_node_only_sends_heartbeats() -> None:
     before = core.snapshot()["announcing"]["announces"]
     cluster.pass_ms(10_000)
 
-    assert core.snapshot()["announcing"]["announces"] == before + 20
+    assert (
+        core.snapshot()["announcing"]["announces"] == before + 34
+    )  # one each 300 ms, and the first after less
     due_ms = core.next_deadline_ms()
     assert due_ms is not None
     assert 100 <= due_ms - cluster.now_ms <= 500, "sleeps until then"
@@ -290,7 +294,7 @@ def test_a_directory_that_restarts_learns_everything_again() -> None:
     op = there.lookup([A, B])
     cluster.settle()
     assert there.answer(op) == "hh"
-    assert here.node.renames == []
+    assert here.node.linking == []
 
 
 def test_a_call_that_is_lost_is_made_again_and_loses_no_change() -> None:
@@ -379,7 +383,7 @@ def test_before_it_takes_another_epoch_a_node_has_given_up_all_reads() -> None:
         there.node.answer_call(call_id)
 
     assert there.answer(op) == "m"
-    assert there.node.renames
+    assert there.node.linking
     assert there.node.abandoned == set(there.node.reads)
 
 
@@ -395,6 +399,35 @@ def test_a_node_that_starts_with_too_low_an_epoch_takes_the_one_it_is_told() -> 
 
     assert node.core.info.epoch > epoch
     assert announced(cluster, A) == [["a"]]
+
+
+def test_engines_are_served_before_there_is_a_link() -> None:
+    """Loading NIXL takes a second or two; the directory hears of a node when peers can read."""
+    cluster, here, _ = cluster_with()
+    here.store(A)
+    node = cluster.start("a", cluster.kill("a"))
+    here.hello(node=node)
+    op = here.lookup([A, B])
+
+    assert here.answer(op) == "hm"
+    assert node.calls == {}
+    node.open_links()
+    cluster.pass_ms(500)
+    assert announced(cluster, A) == [["a"]]
+
+
+def test_a_node_whose_slab_has_another_format_is_not_read_from() -> None:
+    """Should one speak our messages: its slot headers lie elsewhere."""
+    cluster, _, there = cluster_with()
+    other = cluster.start("c", Slab("c", format_version=FORMAT_VERSION + 1))
+    Engine(other).store(A)
+    cluster.pass_ms(500)
+    assert announced(cluster, A) == [["c"]]
+    op = there.lookup([A])
+    cluster.settle()
+
+    assert there.answer(op) == "m"
+    assert "c" not in there.node.connected
 
 
 def test_a_killed_node_that_comes_back_keeps_its_blocks_for_its_peers() -> None:
@@ -443,11 +476,35 @@ def test_a_set_larger_than_one_announce_comes_in_parts_and_changes_meanwhile_cou
     assert cluster.directory.snapshot()["entries"] == 1 + len(engine.places[op])
 
 
+def test_a_block_that_comes_and_goes_while_the_set_is_told_leaves_nothing_behind() -> None:
+    """Its add and its remove cancel, so the set must not have told of it either."""
+    cluster, _, _ = cluster_with()
+    node, engine = cluster["a"], Engine(cluster["a"])
+    engine.reserve(A)  # in a slot when the set is begun, READY only later
+    engine.write(A)
+    cluster.restart_directory()
+    while not cluster.directory or not cluster.directory.snapshot()["nodes"]:
+        cluster.now_ms += 1
+        node.tick()
+        for call_id in list(node.calls):
+            node.answer_call(call_id)
+    node.tick()
+    (heartbeat,) = node.calls
+    node.answer_call(heartbeat)  # RESYNC
+    engine.commit(A)
+    node.tick()  # the set goes out
+    node.do(node.core.clear(cluster.now_ms))
+    cluster.pass_ms(300)
+
+    assert announced(cluster, A) == [[]]
+
+
 def test_a_block_that_was_told_with_the_whole_set_is_told_when_it_is_evicted() -> None:
     cluster, _, _ = cluster_with()
     Engine(cluster["a"]).store(A)
     node = cluster.start("a", cluster.kill("a"))
-    for _ in range(2):  # hello, the set
+    node.open_links()
+    for _ in range(3):  # hello, a heartbeat that is answered with RESYNC, the set
         (call_id,) = node.calls
         node.answer_call(call_id)
         node.tick()

@@ -5,7 +5,8 @@ from kvray.core.codec import pack_keys, pack_slots
 from kvray.core.ids import OpId, SlotState
 from kvray.core.layout import MAX_CLIENTS
 from kvray.core.messages import Abandon, Ack, Commit, Grant, Lookup
-from tests.nodes import BLOCK_BYTES, Cluster, Engine, Node, Slab, key, worker_of
+from tests.nodes import Cluster, Engine, Node, worker_of
+from tests.shells import BLOCK_BYTES, Slab, key
 
 A, B, C, D = (key(n) for n in range(1, 5))
 

@@ -39,7 +39,7 @@ from kvray.node.peers import (
     ReadEnded,
     _Bell,
 )
-from kvray.node.scratch import ROWS_PER_REGION, HeaderScratch
+from kvray.node.scratch import ROWS_PER_PAGE, HeaderScratch
 from tests.contract.link_contract import Memory, pattern
 
 EVENT_LIMIT_S = 10.0  # what comes at once comes in milliseconds; a busy machine gets more
@@ -79,13 +79,13 @@ class Peer:
 class Node:
     """The node that reads: its slab, its LinkLoop, the time, what has been reported."""
 
-    def __init__(self, *, scratch_regions: int = 4, opened: bool = True) -> None:
+    def __init__(self, *, scratch_pages: int = 4, opened: bool = True) -> None:
         self.network = LoopbackNetwork()
         self.slab = Memory(GEOMETRY.slab_bytes)
         self.events: list[object] = []
         self.fates: dict[int, Fate] = {}  # by read id; ids below 0 are probes
         self.probe_fate = Fate()
-        self.scratch = HeaderScratch(scratch_regions)
+        self.scratch = HeaderScratch(scratch_pages)
         self.loop = LinkLoop(
             slab_address=self.slab.address,
             slab_bytes=self.slab.length_bytes,
@@ -193,7 +193,7 @@ def test_a_header_read_comes_with_its_rows_in_the_order_asked_for() -> None:
 
 
 def test_header_rows_are_copies_that_later_reads_do_not_change() -> None:
-    node = Node(scratch_regions=1)
+    node = Node(scratch_pages=1)
     peer = node.with_peer()
     node.do(headers(1, peer, 7))
     node.poll()
@@ -205,9 +205,9 @@ def test_header_rows_are_copies_that_later_reads_do_not_change() -> None:
 
 
 def test_more_headers_than_a_page_holds_come_in_one_read() -> None:
-    node = Node(scratch_regions=4)
+    node = Node(scratch_pages=4)
     peer = node.with_peer()
-    slots = list(range(3 * ROWS_PER_REGION + 1))[::-1]
+    slots = list(range(3 * ROWS_PER_PAGE + 1))[::-1]
     node.do(headers(1, peer, *slots))
     node.poll()
     assert node.take_end().headers["generation"].tolist() == slots
@@ -270,7 +270,7 @@ def test_what_can_not_be_read_is_an_event_and_starts_nothing() -> None:
     node.poll(3)
     assert node.events == []
     assert node.loop.in_flight == 0
-    assert node.scratch.free_count == node.scratch.region_count
+    assert node.scratch.free_count == node.scratch.page_count
 
 
 def test_a_target_outside_of_our_slab_is_a_bug() -> None:
@@ -287,7 +287,7 @@ def test_a_read_that_the_link_does_not_take_is_refused_and_its_rows_are_free() -
     node.do(headers(1, peer, 1))
     ended = node.take_end()
     assert (ended.ending, ended.reason) == (Ending.REFUSED, "the cable is out")
-    assert node.scratch.free_count == node.scratch.region_count
+    assert node.scratch.free_count == node.scratch.page_count
 
 
 def test_reads_that_do_not_end_reach_a_limit() -> None:
@@ -313,7 +313,7 @@ def test_reads_that_do_not_end_reach_a_limit() -> None:
 def test_the_rows_of_an_abandoned_read_are_nobody_elses_until_it_has_ended() -> None:
     # Goal: a late header never lands in the rows of another read.
     # Method: two pages; one is held by a read that hangs, the other is used again and again.
-    node = Node(scratch_regions=2)
+    node = Node(scratch_pages=2)
     peer = node.with_peer()
     held_by = threading.Event()
     node.fates = {1: Fate(held_by=held_by)}
@@ -337,13 +337,30 @@ def test_the_rows_of_an_abandoned_read_are_nobody_elses_until_it_has_ended() -> 
 
 
 def test_a_read_of_more_rows_than_are_free_takes_none_of_them() -> None:
-    node = Node(scratch_regions=2)
+    node = Node(scratch_pages=2)
     peer = node.with_peer()
-    node.do(headers(1, peer, *range(2 * ROWS_PER_REGION + 1)))
+    node.do(headers(1, peer, *range(2 * ROWS_PER_PAGE + 1)))
     assert node.take_end().ending is Ending.REFUSED
-    node.do(headers(2, peer, *range(2 * ROWS_PER_REGION)))
+    node.do(headers(2, peer, *range(2 * ROWS_PER_PAGE)))
     node.poll()
     assert node.take_end().ending is Ending.DONE
+
+
+def test_scattered_headers_are_read_without_gaps_when_room_is_short() -> None:
+    # Method: one of two pages is taken; the other has room for 64 rows, not for the 196 from the
+    # first of these headers to the last.
+    node = Node(scratch_pages=2)
+    peer = node.with_peer()
+    held_by = threading.Event()
+    node.fates = {1: Fate(held_by=held_by)}
+    node.do(headers(1, peer, 3))
+    node.do(headers(2, peer, 100, 5, 200))
+    node.poll()
+    ended = node.take_end()
+    assert (ended.read_id, ended.headers["generation"].tolist()) == (2, [100, 5, 200])
+    held_by.set()
+    node.poll()
+    assert node.scratch.free_count == 2
 
 
 # -- peers --------------------------------------------------------------------------------------
@@ -391,7 +408,7 @@ def test_a_peer_that_is_silent_is_given_up_but_may_still_be_read_from() -> None:
     silence.set()
     node.poll()
     assert node.take(PeerConnected) == []
-    assert node.scratch.free_count == node.scratch.region_count
+    assert node.scratch.free_count == node.scratch.page_count
 
 
 def test_a_peer_that_could_not_be_connected_is_tried_again_at_the_next_read() -> None:
@@ -440,7 +457,7 @@ def test_a_peer_that_is_disconnected_while_it_is_being_connected_is_not_waited_f
     silence.set()
     node.run_for(CONNECT_LIMIT_US)
     assert node.events == []
-    assert node.scratch.free_count == node.scratch.region_count
+    assert node.scratch.free_count == node.scratch.page_count
 
 
 # -- a new epoch --------------------------------------------------------------------------------
@@ -565,7 +582,7 @@ class Threaded:
             slab_address=self.slab.address,
             slab_bytes=self.slab.length_bytes,
             on_event=self._on_event,
-            scratch_regions=4,
+            scratch_pages=4,
         )
 
     def _on_event(self, event: LinkEvent) -> None:

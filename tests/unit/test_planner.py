@@ -70,3 +70,16 @@ def test_the_outstanding_bytes_of_the_caller_stay_as_they_are() -> None:
     plan([10, 10], [[A], [B, C]], loads)
 
     assert loads == {A: 1, C: 2}
+
+
+def test_a_node_that_is_twice_as_fast_is_given_twice_as_much() -> None:
+    batches = plan([10] * 60, [[A, B]] * 60, {}, slowness={A: 1.0, B: 2.0}, batch_bytes=20)
+
+    given = {node_id: sum(b.bytes for b in batches if b.node_id == node_id) for node_id in (A, B)}
+    assert given == {A: 400, B: 200}
+
+
+def test_a_slow_node_with_nothing_to_do_is_left_out_of_a_short_chain() -> None:
+    batches = plan([10] * 4, [[A, B]] * 4, {}, slowness={A: 1.0, B: 10.0}, batch_bytes=10)
+
+    assert {batch.node_id for batch in batches} == {A}

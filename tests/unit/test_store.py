@@ -8,7 +8,7 @@ tests/unit/test_store_restart.py.
 import pytest
 
 from kvray.core.effects import MarkGeneration, Place
-from kvray.core.eviction import Lru
+from kvray.core.eviction import PROMOTE_HITS, Lru, Segmented
 from kvray.core.ids import BlockKey, Generation, OpId, Origin, SlotIndex, SlotState
 from kvray.core.layout import WRITER_NODE
 from kvray.core.messages import Grant
@@ -25,7 +25,7 @@ from tests.fake_slab import (
     stale,
 )
 
-A, B, C, D, E = (key_of(number) for number in range(5))
+A, B, C, D, E, F = (key_of(number) for number in range(6))
 QUARTER = EXTENT // 4  # four slots an extent
 
 
@@ -112,6 +112,43 @@ def test_a_pinned_block_is_never_evicted() -> None:
     one_place(reserve(store, E))
     assert store.has(A) == [True], "the head of the chain that was read goes last"
     assert store.has(D) == [False]
+
+
+def test_the_search_for_room_steps_over_pinned_blocks_once_and_they_come_back_the_hottest() -> None:
+    """The coldest of all are pinned; whether a search has met them or not, their last unpin makes
+    them the last to go."""
+    store = four_slots()
+    fill(store, A, B, C, D)
+    reader, met_by_no_search = store.op(), store.op()
+    store.pin(reader, [A, B])
+    one_place(reserve(store, E))
+    assert store.has(A, B, C, D) == [True, True, False, True]
+    assert store.core.snapshot()["policy"]["evictable"] == 1, "only D: A and B are out of the order"
+    store.unpin(reader)
+    assert store.core.snapshot()["policy"]["evictable"] == 3
+    store.pin(met_by_no_search, [D])
+    store.unpin(met_by_no_search)
+    one_place(reserve(store, key_of(5)))
+    one_place(reserve(store, key_of(6)))
+    assert store.has(A, B, D) == [False, False, True]
+
+
+def test_blocks_that_were_looked_at_are_pinned_all_or_none() -> None:
+    store = four_slots(limits=StoreLimits(max_pins=2))
+    fill(store, A, B, C)
+    reader, greedy = store.op(), store.op()
+    a, b, c, d = store.core.blocks_of([A, B, C, D])
+    assert a is not None
+    assert b is not None
+    assert c is not None
+    assert d is None
+    assert not store.core.pin_blocks(greedy, [a, b, c], store.now_ms)
+    assert store.core.snapshot()["pins"] == 0
+    assert store.core.pin_blocks(reader, [a, b, a], store.now_ms), "a key may be asked for twice"
+    store.settle()
+    assert store.core.clear() == 1, "A and B are read"
+    store.unpin(reader)
+    assert store.core.clear() == 2
 
 
 def test_a_block_with_two_readers_stays_until_both_have_left() -> None:
@@ -202,18 +239,45 @@ def test_a_block_of_another_size_is_a_miss() -> None:
     assert store.core.snapshot()["pins"] == 4
 
 
-def test_copies_go_before_originals_unless_two_readers_came() -> None:
-    """A and B are copies of a peer's blocks, B has been read by two requests."""
+def test_copies_go_before_originals_unless_many_readers_came() -> None:
+    """A and B are copies of a peer's blocks, B has been read by several requests."""
     store = four_slots()
     fill(store, A, B, origin=Origin.COPY)
     fill(store, C, D)
-    for _ in range(2):
+    for _ in range(PROMOTE_HITS):
         reader = store.op()
         store.pin(reader, [B])
         store.unpin(reader)
     fill(store, E)
     fill(store, key_of(9))
     assert store.has(A, B, C, D) == [False, True, False, True]
+
+
+def test_what_peers_want_stays_and_what_they_keep_goes() -> None:
+    """A is wanted by a peer, C is spared, so C goes first, then B, and what is asked again is not
+    told twice."""
+    store = four_slots(policy=Segmented(0.0, 0.5))
+    fill(store, A, B, C, D)
+    assert store.core.take_doubtful(2) == [], "nothing had to go yet"
+    store.core.read([A, E], store.now_ms)
+    store.core.spare([C, E])
+    fill(store, E)
+    assert store.has(A, B, C, D, E) == [True, True, False, True, True]
+    assert store.core.take_doubtful(2) == [B, D]
+    assert store.core.take_doubtful(2) == []
+    fill(store, F)
+    assert store.has(A, B, C, D, E) == [True, False, False, True, True]
+
+
+def test_what_is_pinned_is_not_doubtful() -> None:
+    # A pinned block stays in the order of eviction until a search meets it.
+    store = four_slots()
+    fill(store, A, B, C, D)
+    store.core.evict(A)
+    store.settle()
+    store.pin(store.op(OTHER_ENGINE), [B])
+
+    assert store.core.take_doubtful(3) == [C, D]
 
 
 def test_another_policy_can_be_plugged_in() -> None:

@@ -1,0 +1,37 @@
+"""What a node and the directory say to each other, when calls and answers go astray."""
+
+from kvray.core.messages import Announce
+from tests.nodes import Cluster, Engine
+from tests.shells import key
+
+
+def the_announce(cluster: Cluster) -> tuple[int, Announce]:
+    """The one announce that node a waits for."""
+    ((call_id, call),) = cluster["a"].calls.items()
+    assert isinstance(call.message, Announce)
+    return call_id, call.message
+
+
+def test_an_answer_that_comes_twice_acknowledges_one_announce_only() -> None:
+    cluster = Cluster.of("a")
+    node, engine = cluster["a"], Engine(cluster["a"])
+    engine.store(key(1))
+    cluster.now_ms += 5
+    node.tick()
+    first_id, first = the_announce(cluster)
+    answer = cluster.ask(first)
+    assert answer is not None
+    node.answer_call(first_id)
+    engine.store(key(2))
+    cluster.now_ms += 5
+    node.tick()
+    second_id, second = the_announce(cluster)
+    assert second.sequence == first.sequence + 1
+
+    node.do(node.core.on_directory_reply(first_id, answer, cluster.now_ms))
+
+    # The second one has not been heard, so it is said again, word for word.
+    del node.calls[second_id]
+    cluster.now_ms += 1_000
+    node.tick()
+    assert the_announce(cluster)[1] == second

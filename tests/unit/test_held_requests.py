@@ -1,0 +1,181 @@
+"""longest_wait_ms of an engine: from the first RETRY of a request to its hits or misses.
+
+Method: an OffloadingManager with a clock of its own and a client whose tickets the test settles.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key
+
+from kvray.config import EngineConfig
+from kvray.core.ids import SlabId
+from kvray.core.messages import KeyState
+from kvray.engine import lookups as module
+from kvray.engine.jobs import SlotSpec
+from kvray.engine.lookups import Lookups, Run
+from kvray.node.client import Ticket
+
+pytestmark = [pytest.mark.engine]
+
+KEYS = [make_offload_key(bytes([n]) * 32, 0) for n in range(2)]
+
+
+class Clock:
+    now_s = 100.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+@dataclass
+class TicketClient:
+    """Of NodeClient only what a look-up needs."""
+
+    tickets: list[Ticket] = field(default_factory=list)
+    session: str = "open"
+
+    def lookup(self, keys: Any, **_settings: Any) -> Ticket:
+        self.tickets.append(Ticket(keys, SlabId(bytes(16))))
+        return self.tickets[-1]
+
+    def unpin(self, ticket: Ticket) -> None:
+        ticket.release()
+
+
+@dataclass
+class Engine:
+    clock: Clock
+    client: TicketClient
+    lookups: Lookups
+
+    def begin(self, name: str) -> Ticket:
+        self.lookups.on_new_request(ReqContext(req_id=name))
+        self.lookups.begin(name, [Run(0, KEYS, is_prefix=True)])
+        return self.client.tickets[-1]
+
+    def ask(self, name: str, *, after_ms: int = 0) -> LookupResult:
+        self.clock.now_s += after_ms / 1_000
+        return self.lookups.lookup(KEYS[0], ReqContext(req_id=name))
+
+    @property
+    def longest_ms(self) -> int:
+        return self.lookups.counters["longest_wait_ms"]
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    clock, client = Clock(), TicketClient()
+    monkeypatch.setattr(module, "time", clock)
+    lookups = Lookups(
+        config=EngineConfig(lookup_deadline_ms=1_000, load_early=True), tokens_per_chunk={0: 128}
+    )
+    client_for_it: Any = client
+    lookups.open(client_for_it, {})
+    lookups.slot_bytes = {0: 4_096}
+    return Engine(clock, client, lookups)
+
+
+def test_a_request_that_is_told_at_once_was_not_held(engine: Engine) -> None:
+    engine.begin("a").states[:] = bytes([KeyState.MISS] * 2)
+    assert engine.ask("a", after_ms=300) is LookupResult.MISS
+    assert engine.longest_ms == 0
+
+
+def test_the_wait_is_from_the_first_retry_to_the_answer(engine: Engine) -> None:
+    ticket = engine.begin("a")
+    assert engine.ask("a", after_ms=100) is LookupResult.RETRY
+    assert engine.ask("a", after_ms=200) is LookupResult.RETRY
+    ticket.states[:] = bytes([KeyState.HIT] * 2)
+    assert engine.ask("a", after_ms=50) is LookupResult.HIT
+    assert engine.longest_ms == 250
+    # What it waits for afterwards, room on the device, is not for kvray.
+    assert engine.ask("a", after_ms=500) is LookupResult.HIT
+    assert engine.longest_ms == 250
+
+
+def test_a_deadline_ends_the_wait(engine: Engine) -> None:
+    engine.begin("a")
+    assert engine.ask("a") is LookupResult.RETRY
+    assert engine.ask("a", after_ms=1_000) is LookupResult.MISS
+    assert engine.ask("a", after_ms=1_000) is LookupResult.MISS
+    assert engine.longest_ms == 1_000
+
+
+def test_the_longest_of_several_is_kept(engine: Engine) -> None:
+    for name, held_ms in (("a", 300), ("b", 20)):
+        ticket = engine.begin(name)
+        assert engine.ask(name) is LookupResult.RETRY
+        ticket.states[:] = bytes([KeyState.MISS] * 2)
+        assert engine.ask(name, after_ms=held_ms) is LookupResult.MISS
+    assert engine.longest_ms == 300
+
+
+# ── what is coming ───────────────────────────────────────────────────────────────────────────────
+
+
+def answers(engine: Engine, name: str) -> list[LookupResult]:
+    return [engine.lookups.lookup(key, ReqContext(req_id=name)) for key in KEYS]
+
+
+def load_of(engine: Engine, name: str) -> SlotSpec:
+    spec = engine.lookups.prepare_load(KEYS, ReqContext(req_id=name))
+    assert isinstance(spec, SlotSpec)
+    return spec
+
+
+def is_coming(ticket: Ticket) -> None:
+    for index in range(len(KEYS)):
+        ticket.change(index, KeyState.COMING, (index, 7, 4_096 * index))
+
+
+def test_a_load_may_begin_when_the_first_block_has_come_and_the_rest_is_coming(
+    engine: Engine,
+) -> None:
+    is_coming(ticket := engine.begin("a"))
+    assert answers(engine, "a") == [LookupResult.RETRY] * 2
+
+    ticket.change(0, KeyState.HIT, (0, 7, 0))
+    assert answers(engine, "a") == [LookupResult.HIT] * 2
+    engine.clock.now_s += 0.3
+    load = load_of(engine, "a")
+    assert load.places() == [(0, 7, 0), (1, 7, 4_096)]
+    assert load.wait_ms == 700, "until the request's one deadline"
+    assert engine.lookups.counters["early_loads"] == 1
+
+
+def test_a_load_of_what_is_there_waits_for_nothing(engine: Engine) -> None:
+    is_coming(ticket := engine.begin("a"))
+    for index in range(len(KEYS)):
+        ticket.change(index, KeyState.HIT, (index, 7, 4_096 * index))
+    assert answers(engine, "a") == [LookupResult.HIT] * 2
+    assert load_of(engine, "a").wait_ms == 0
+    assert engine.lookups.counters["early_loads"] == 0
+
+
+def test_what_was_coming_and_is_lost_before_the_load_is_not_loaded(engine: Engine) -> None:
+    """Its place is known, but nobody says any more that it will be there."""
+    is_coming(ticket := engine.begin("a"))
+    ticket.change(0, KeyState.HIT, (0, 7, 0))
+    assert answers(engine, "a") == [LookupResult.HIT] * 2
+
+    ticket.lose()
+    assert len(load_of(engine, "a")) == 0
+
+
+def test_after_the_deadline_nothing_is_coming(engine: Engine) -> None:
+    is_coming(engine.begin("a"))
+    assert answers(engine, "a") == [LookupResult.RETRY] * 2
+    engine.clock.now_s += 1.0
+    assert answers(engine, "a") == [LookupResult.MISS] * 2
+
+
+def test_who_wants_whole_chains_waits_for_them(engine: Engine) -> None:
+    engine.lookups._config = EngineConfig(load_early=False)  # noqa: SLF001 (before any request)
+    is_coming(ticket := engine.begin("a"))
+    ticket.change(0, KeyState.HIT, (0, 7, 0))
+    assert answers(engine, "a") == [LookupResult.HIT, LookupResult.RETRY]
