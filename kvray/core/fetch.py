@@ -109,7 +109,8 @@ class FetchCore:
     def pays(self, wanted_bytes: int, worth: Worth, now_ms: int) -> bool:
         """Whether blocks of so many bytes in all are worth a want; see core.break_even."""
         rates = (peer.rate.bytes_per_ms(now_ms) for peer in self._peers.values())
-        overhead_ms = self._locates.overhead.mean_ms + self._reads.headers_overhead.mean_ms
+        steps = (self._locates.overhead, self._reads.headers_overhead)
+        overhead_ms = sum(step.mean_ms(now_ms) for step in steps)
         return chain_pays(wanted_bytes, worth, rates, overhead_ms=overhead_ms)
 
     def want(

@@ -52,7 +52,7 @@ class Locates:
         """The directory has answered; the blocks in order. Empty if the call was over before."""
         asked_ms = self._asked_ms.get(locate_id)
         if asked_ms is not None:
-            self.overhead.add(now_ms - asked_ms)
+            self.overhead.add(now_ms - asked_ms, now_ms=now_ms)
         return self.take(locate_id)
 
     def take(self, locate_id: int) -> list[Fetch]:

@@ -117,6 +117,7 @@ class Peer:
             return 0
         self._avoid_ms = min(max(2 * self._avoid_ms, FIRST_AVOID_MS), MAX_AVOID_MS)
         self.avoid_until_ms = now_ms + self._avoid_ms
+        self.rate.doubt()
         return self._avoid_ms
 
     def succeed(self) -> None:

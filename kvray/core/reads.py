@@ -199,7 +199,7 @@ class Reads:
             read_bytes = sum(fetch.bytes for fetch in read.fetches) if came else 0
             read.peer.end_payload(read_bytes, read.posted_ms, now_ms=now_ms)
         elif came:
-            self.headers_overhead.add(now_ms - read.posted_ms)
+            self.headers_overhead.add(now_ms - read.posted_ms, now_ms=now_ms)
         if not self._reads:
             self.counters["busy_ms"] += now_ms - self._busy_since_ms
         return read

@@ -4,10 +4,12 @@ import pytest
 
 from kvray.core.break_even import (
     ALWAYS,
+    FIRST_FRESH_MS,
+    MAX_FRESH_MS,
     MAX_SAMPLES,
     MIN_RATE_MS,
     MIN_SAMPLES,
-    RATE_FRESH_MS,
+    OVERHEAD_FRESH_MS,
     RATE_SAMPLE_BYTES,
     Overhead,
     Rate,
@@ -17,7 +19,8 @@ from kvray.core.break_even import (
 )
 from kvray.core.commands import MissReason
 from kvray.core.fetch import FetchLimits
-from tests.fetching import BLOCK_BYTES, FetchWorld, key, waiter
+from kvray.core.peers import Peer
+from tests.fetching import BLOCK_BYTES, FetchWorld, key, node_info, waiter
 from tests.nodes import Cluster, Engine
 
 A, B = key(1), key(2)
@@ -60,21 +63,75 @@ def test_a_rate_follows_a_link_that_becomes_slow() -> None:
 
 def test_an_old_rate_is_not_believed_and_does_not_weigh_on_the_next() -> None:
     rate = measured(1)
-    assert rate.bytes_per_ms(RATE_FRESH_MS) is None
-    rate.add(1_000 * MIN_RATE_MS, MIN_RATE_MS, now_ms=RATE_FRESH_MS)
-    assert rate.bytes_per_ms(RATE_FRESH_MS) == 1_000
+    assert rate.bytes_per_ms(MAX_FRESH_MS) is None
+    rate.add(1_000 * MIN_RATE_MS, MIN_RATE_MS, now_ms=MAX_FRESH_MS)
+    assert rate.bytes_per_ms(MAX_FRESH_MS) == 1_000
+
+
+def believed_for_ms(rate: Rate, *, since_ms: int) -> int:
+    return next(ms for ms in range(MAX_FRESH_MS + 1) if rate.bytes_per_ms(since_ms + ms) is None)
+
+
+def test_a_link_that_is_slow_for_good_is_tried_ever_more_rarely() -> None:
+    rate, now_ms, found = Rate(sample_bytes=1), 0, []
+    for _ in range(8):
+        rate.add(MIN_RATE_MS, MIN_RATE_MS, now_ms=now_ms)
+        found.append(believed_for_ms(rate, since_ms=now_ms))
+        now_ms += found[-1]
+    assert found == [1_000, 2_000, 4_000, 8_000, 16_000, 30_000, 30_000, 30_000]
+
+
+def well_known(bytes_per_ms: int) -> tuple[Rate, int]:
+    """And when it was last measured."""
+    rate, now_ms = Rate(sample_bytes=1), 0
+    for _ in range(8):
+        rate.add(bytes_per_ms * MIN_RATE_MS, MIN_RATE_MS, now_ms=now_ms)
+        now_ms += MAX_FRESH_MS
+    assert believed_for_ms(rate, since_ms=now_ms - MAX_FRESH_MS) == MAX_FRESH_MS
+    return rate, now_ms - MAX_FRESH_MS
+
+
+@pytest.mark.parametrize("after_ms", [1, MAX_FRESH_MS])
+def test_one_bad_moment_of_a_good_link_is_believed_for_a_second(after_ms: int) -> None:
+    # The bug: what one read took that fell into a pause of the network kept a peer from being
+    # asked for half a minute, since nothing was read that could have said otherwise.
+    rate, now_ms = well_known(1_000)
+    now_ms += after_ms
+    rate.add(10_000, 900, now_ms=now_ms)
+    assert believed_for_ms(rate, since_ms=now_ms) == FIRST_FRESH_MS
+
+
+def test_what_was_known_of_a_link_that_failed_is_soon_measured_again() -> None:
+    rate, now_ms = well_known(1)
+    peer = Peer(node_info("peer"))
+    peer.rate = rate
+    peer.fail(now_ms)
+    assert believed_for_ms(rate, since_ms=now_ms) == FIRST_FRESH_MS
 
 
 def test_an_overhead_is_a_mean_of_enough_samples() -> None:
     overhead = Overhead()
     for _ in range(MIN_SAMPLES - 1):
-        overhead.add(4)
-    assert overhead.mean_ms == 0
-    overhead.add(4)
-    assert overhead.mean_ms == 4
+        overhead.add(4, now_ms=0)
+    assert overhead.mean_ms(0) == 0
+    overhead.add(4, now_ms=0)
+    assert overhead.mean_ms(0) == 4
     for _ in range(4 * MAX_SAMPLES):
-        overhead.add(1)
-    assert overhead.mean_ms == pytest.approx(1, abs=0.1)
+        overhead.add(1, now_ms=0)
+    assert overhead.mean_ms(0) == pytest.approx(1, abs=0.1)
+
+
+def test_an_overhead_that_keeps_everything_from_being_asked_is_forgotten() -> None:
+    # The bug: short chains were not asked for because of steps that had once been slow, and so
+    # nothing ever showed that they were not any more.
+    overhead = Overhead()
+    for _ in range(MIN_SAMPLES):
+        overhead.add(900, now_ms=0)
+    assert overhead.mean_ms(OVERHEAD_FRESH_MS - 1) == 900
+    assert overhead.mean_ms(OVERHEAD_FRESH_MS) == 0
+    for _ in range(MIN_SAMPLES):
+        overhead.add(1, now_ms=OVERHEAD_FRESH_MS)
+    assert overhead.mean_ms(OVERHEAD_FRESH_MS) == 1
 
 
 # -- weighing ------------------------------------------------------------------------------------
