@@ -458,6 +458,19 @@ BUGS: tuple[Mutant, ...] = (
         ),
         tested("tests/unit/test_eviction.py"),
     ),
+    # -- break-even ------------------------------------------------------------------------------
+    Mutant(
+        "one bad moment of a link is believed for half a minute",
+        "kvray.core.break_even",
+        (("        elif not is_alike:\n            self._fresh_ms = FIRST_FRESH_MS\n", ""),),
+        tested("tests/unit/test_break_even.py"),
+    ),
+    Mutant(
+        "a slow step once keeps short chains from being asked for, for good",
+        "kvray.core.break_even",
+        (("return now_ms - self._last_ms < OVERHEAD_FRESH_MS", "return True"),),
+        tested("tests/unit/test_break_even.py"),
+    ),
     # -- leaving ---------------------------------------------------------------------------------
     Mutant(
         "what is taken over evicts what others need",
