@@ -92,7 +92,7 @@ BUGS: tuple[Mutant, ...] = (
                 "if True:",
             ),
         ),
-        simulated(20, first=60),
+        tested("tests/unit/test_node_core.py"),
     ),
     Mutant(
         "a closed session frees what its client writes",
