@@ -1,4 +1,5 @@
-"""Hooks in EngineCore for what vLLM does not tell its connector: that the weights change.
+"""Hooks in EngineCore for what vLLM does not tell its connector: that the weights change, and that
+a step is about to begin (engine.rest).
 
 update_weights and reload_weights are plain collective_rpc calls, sleep drops or moves the weights,
 and an operator's own worker extension has names of its own. So EngineCore's two doors are wrapped,
@@ -9,6 +10,8 @@ by class and once per process, and every call whose name speaks of weights renew
 import functools
 import logging
 from typing import Any
+
+from kvray.engine import rest
 
 logger = logging.getLogger("kvray.engine")
 
@@ -34,6 +37,7 @@ def install() -> None:
     _wrap_collective_rpc(EngineCore)
     _wrap_sleep(EngineCore)
     _wrap_reset(Scheduler)
+    rest.install()
 
 
 def weight_changes(engine_core: Any) -> int:

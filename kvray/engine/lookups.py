@@ -18,7 +18,7 @@ and after a change of weights, its answers are misses until it ends or is preemp
 import logging
 import secrets
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -53,6 +53,8 @@ MAX_EARLY_LOOKUPS = 4  # the next few: what they have found can not be evicted w
 # answer that is late by more than so many steps is no hiccup of a busy host; and vLLM logs a line
 # for each.
 MAX_POSTPONED_STEPS = 4
+MAX_RESTING = 32  # requests to look through every millisecond; with more, vLLM's own loop goes on
+REST_LIMIT_S = 0.1  # then vLLM has a step all the same: it may wait for what we know nothing of
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +246,33 @@ class Lookups(OffloadingManager):
         view.access = Access.MISSING
         self.counters["expired_lookups"] += 1
         return LookupResult.MISS
+
+    def rest(self, req_ids: Collection[str], is_wanted: Callable[[], bool]) -> None:
+        """Nothing can be computed before one of these requests, all that there are, has its
+        answer: hear what comes until one has, or its deadline, or somebody wants the engine.
+        """
+        if not 0 < len(req_ids) <= MAX_RESTING:
+            return
+        views = [self._requests.get(req_id) for req_id in req_ids]
+        held = [view for view in views if view is not None and self._is_held(view)]
+        if len(held) < len(views):
+            return
+        now_s = time.monotonic()
+        for view in held:
+            view.held_s = view.held_s or now_s
+        self._client.listen(
+            lambda: is_wanted() or not all(self._is_held(view) for view in held),
+            limit_s=min(REST_LIMIT_S, min(view.deadline_s for view in held) - now_s),
+        )
+
+    def _is_held(self, view: RequestView) -> bool:
+        """Whether `lookup` would say RETRY, and `begin` would not ask anew."""
+        ticket = view.ticket
+        if ticket is None or view.loading or view.access is not Access.OPEN or ticket.settled:
+            return False
+        if view.early and KeyState.MISS in ticket.states:
+            return False
+        return not (self._config.loads_early and ticket.arriving)
 
     # ---- load
 

@@ -68,6 +68,7 @@ logger = logging.getLogger("kvray.node")
 
 BUDGET_S = 0.002  # per scheduler step; a lookup of 512 keys takes 0.1 to 0.3 ms
 MIN_BUDGET_S = 0.000_2  # with less left nothing is asked: no answer would be nobody's fault
+LISTEN_SLICE_S = 0.001  # how late an engine that listens hears of a new request; vLLM sleeps so too
 CLOSE_DEADLINE_S = 2.0  # the outbox is drained, Bye acknowledged, the threads joined
 JOIN_S = 1.0  # what the threads get in any case; they only have to wake up
 _MISS = int(KeyState.MISS)
@@ -84,8 +85,8 @@ class ClientState(Enum):
 
 
 class NodeClient:
-    """One per engine. lookup, reserve and begin_step belong to the engine's thread; the others may
-    be called from any.
+    """One per engine. lookup, reserve, listen and begin_step belong to the engine's thread; the
+    others may be called from any.
 
     engine_nonce tells several engines in one process apart. namespace and label are for people;
     namespace may be set later and is said with the next hello. on_session is called on the
@@ -316,6 +317,29 @@ class NodeClient:
         finally:
             connection.reading.release()
             self._left_s -= time.perf_counter() - begun_s
+
+    def listen(self, enough: Callable[[], bool], *, limit_s: float) -> None:
+        """Hear what comes, while the engine has nothing else to do: until enough(), which is asked
+        after every message and every LISTEN_SLICE_S, or limit_s is over, or the connection is.
+        """
+        connection = self._connection
+        end_s = time.perf_counter() + limit_s
+        if connection is None or enough() or not connection.reading.acquire(timeout=LISTEN_SLICE_S):
+            return
+        try:
+            if connection.has_ended():
+                return
+            connection.divert()
+            try:
+                while (left_s := end_s - time.perf_counter()) > 0 and not enough():
+                    connection.wait_answer(min(left_s, LISTEN_SLICE_S))
+                    connection.hear(self._heard)
+                    if connection.has_ended():
+                        return
+            finally:
+                connection.restore()
+        finally:
+            connection.reading.release()
 
     # ---- what needs no answer; never waits
 

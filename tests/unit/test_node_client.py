@@ -993,6 +993,53 @@ def test_an_answer_wakes_nobody_but_the_thread_that_waits_for_it(
     assert activity("kvray-client") == before
 
 
+def test_an_engine_that_listens_hears_of_its_blocks_at_once_and_by_itself(
+    node: ScriptedNode, engine: Engine
+) -> None:
+    node.script[Lookup] = all_waits
+    ticket = engine.asked(1, 2)
+    op = node.wait(Lookup).op
+    until(lambda: asleep("kvray-client"))
+    before = activity("kvray-client")
+    looks = 0
+
+    def enough() -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 2:  # it listens
+            node.say(LookupUpdate(op, [0], bytes([HIT]), rows_of(place_of(7))))
+            node.say(LookupUpdate(op, [1], bytes([HIT]), rows_of(place_of(8))))
+        return ticket.settled
+
+    engine.client.listen(enough, limit_s=AMPLE_S)
+    assert [ticket.place(i) for i in range(2)] == [place_of(7), place_of(8)]
+    assert activity("kvray-client") == before
+
+
+def test_an_engine_that_listens_sees_within_a_moment_that_it_is_wanted(
+    node: ScriptedNode, engine: Engine
+) -> None:
+    node.script[Lookup] = all_waits
+    ticket = engine.asked(1)
+    looks = iter([False] * 5 + [True])
+    engine.client.listen(lambda: next(looks), limit_s=AMPLE_S)
+    assert next(looks, None) is None, "asked once more than it had to be"
+    assert not ticket.settled
+
+
+def test_listening_ends_with_the_connection_and_at_its_limit(
+    node: ScriptedNode, engine: Engine
+) -> None:
+    node.script[Lookup] = all_waits
+    ticket = engine.asked(1)
+    engine.client.listen(lambda: False, limit_s=SHORT_S)  # comes back: nothing was said
+    assert not ticket.settled
+    node.stop()
+    engine.client.listen(lambda: False, limit_s=3_600.0)
+    until(lambda: ticket.lost)
+    engine.client.listen(lambda: False, limit_s=3_600.0)  # there is nobody to listen to
+
+
 def test_a_client_that_is_woken_while_it_waits_for_a_hello_goes_on_sleeping(
     node: ScriptedNode, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
