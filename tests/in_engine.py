@@ -375,6 +375,37 @@ def preemptions(_llm: Any) -> int:
     return len(_preempted)
 
 
+def never_rest(llm: Any) -> None:
+    """From now on vLLM's loop goes round while a request waits for kvray."""
+    connector_of(llm).lookups.rest = lambda *_: None
+
+
+def count_held_steps(llm: Any, prompt: list[int]) -> int:
+    """Generate, and count how often vLLM asked in vain for a hit."""
+    from vllm import SamplingParams
+    from vllm.v1.kv_offload.base import LookupResult
+
+    lookups = connector_of(llm).lookups
+    held_steps = 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal held_steps
+        answer = type(lookups).lookup(lookups, *args)
+        held_steps += answer is LookupResult.RETRY
+        return answer
+
+    lookups.lookup = counted
+    try:
+        llm.generate(
+            [{"prompt_token_ids": prompt}],
+            SamplingParams(temperature=0.0, max_tokens=1, detokenize=False),
+            use_tqdm=False,
+        )
+    finally:
+        del lookups.lookup
+    return held_steps
+
+
 # ---- requests that wait (an engine in this process steps only when it is told to)
 
 

@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.heavy, pytest.mark.engine]
 TOKENS = 6_000
 CHUNK_BYTES = 1 << 20  # of the tiny model
 FETCHES = 20
+MAX_HELD_STEPS = 3  # the first one, and where the NodeStore takes longer than engine.rest listens
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +81,25 @@ def test_a_load_begins_before_its_tail_has_come(
     counters = late.call(in_engine.stats)["counters"]
     assert counters["hit_tokens_peer"] == full_chunks(TOKENS)
     assert counters["early_loads"] == 0, "told to wait until all is there"
+
+
+def test_an_engine_that_waits_for_a_peer_takes_no_steps_meanwhile(
+    nodes: Nodes, engines: tuple[Engine, Engine, Engine]
+) -> None:
+    # Each step without work would keep a core from the NodeStore, which copies what is waited for.
+    a, _, late = engines
+    prompt = prompt_of(TOKENS, seed=32)
+    a.generate(prompt, max_tokens=1)
+    a.call(in_engine.settle)
+    nodes.wait_listed(nodes.keys(0))
+
+    held_steps = []
+    for change in (None, in_engine.never_rest):
+        if change is not None:
+            late.call(change)
+        forget(late, nodes)
+        before = late.call(in_engine.stats)["counters"]["hit_tokens_peer"]
+        held_steps.append(late.call(in_engine.count_held_steps, prompt))
+        hit = late.call(in_engine.stats)["counters"]["hit_tokens_peer"] - before
+        assert hit == full_chunks(TOKENS)
+    assert held_steps[0] <= MAX_HELD_STEPS < held_steps[1], held_steps

@@ -3,6 +3,7 @@
 Method: an OffloadingManager with a clock of its own and a client whose tickets the test settles.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,8 @@ class TicketClient:
 
     tickets: list[Ticket] = field(default_factory=list)
     session: str = "open"
+    due: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
+    looks: int = 0
 
     def lookup(self, keys: Any, **_settings: Any) -> Ticket:
         self.tickets.append(Ticket(keys, SlabId(bytes(16))))
@@ -45,6 +48,16 @@ class TicketClient:
 
     def unpin(self, ticket: Ticket) -> None:
         ticket.release()
+
+    def listen(self, enough: Callable[[], bool], *, limit_s: float) -> None:
+        """Until this is enough; each look takes a millisecond. What is said is due at its look."""
+        assert not enough(), "nothing is waited for"
+        for look in range(round(limit_s * 1_000)):
+            for say in self.due.pop(look, []):
+                say()
+            self.looks += 1
+            if enough():
+                return
 
 
 @dataclass
@@ -179,3 +192,52 @@ def test_who_wants_whole_chains_waits_for_them(engine: Engine) -> None:
     is_coming(ticket := engine.begin("a"))
     ticket.change(0, KeyState.HIT, (0, 7, 0))
     assert answers(engine, "a") == [LookupResult.HIT, LookupResult.RETRY]
+
+
+# -- resting ---------------------------------------------------------------------------------------
+
+
+def test_an_engine_rests_until_the_first_of_its_requests_can_go_on(engine: Engine) -> None:
+    engine.begin("a")
+    second = engine.begin("b")
+    engine.client.due[3] = [second.miss]
+
+    engine.lookups.rest(["a", "b"], lambda: False)
+
+    assert engine.client.looks == 4
+    assert engine.ask("b") is LookupResult.MISS
+    assert engine.ask("a") is LookupResult.RETRY
+
+
+def test_an_engine_that_is_wanted_rests_no_longer(engine: Engine) -> None:
+    engine.begin("a")
+    wanted = iter([False, False, True])
+    engine.lookups.rest(["a"], lambda: next(wanted))
+    assert engine.client.looks == 2
+
+
+def test_an_engine_rests_no_longer_than_a_request_may_wait(engine: Engine) -> None:
+    engine.begin("a")
+    engine.ask("a", after_ms=990)
+    engine.lookups.rest(["a"], lambda: False)
+    assert engine.client.looks == 10
+
+
+@pytest.mark.parametrize("other", ["has its answer", "is not kvray's", "is being loaded"])
+def test_an_engine_that_has_something_to_do_does_not_rest(engine: Engine, other: str) -> None:
+    engine.begin("a")
+    if other == "has its answer":
+        engine.begin("b").miss()
+    elif other == "is being loaded":
+        engine.begin("b")
+        engine.lookups.view_of("b").loading = True  # type: ignore[union-attr]
+    engine.lookups.rest(["a", "b"], lambda: False)
+    assert not engine.client.looks
+
+
+def test_what_was_rested_counts_as_waited(engine: Engine) -> None:
+    ticket = engine.begin("a")
+    engine.client.due[0] = [ticket.miss]
+    engine.lookups.rest(["a"], lambda: False)
+    assert engine.ask("a", after_ms=70) is LookupResult.MISS
+    assert engine.longest_ms == 70
