@@ -52,7 +52,11 @@ TICK_MS = 200  # how often to call on_tick: a fifth of the time after which a no
 # Sets that are collected at a time. One node fills half of the directory's time with its parts; a
 # few leave no gap, and a thousand at once would only wait longer and delay each other's heartbeat.
 MAX_COLLECTING = 8
+MAX_ASKED = 64  # locates whose uses are still to be noted: 4 MiB of keys, if all are long
 MAX_EVENTS = 4_096  # kept until drained, the oldest lost: they are for the log only
+
+
+_Asked = tuple[bytes, NDArray[np.intp], NDArray[np.uint16]]  # keys, and where they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,7 @@ class DirectoryCore:
         self._shown: dict[Listing, Member] = {}  # whose listings can be located
         self._mirror_counts = MirrorCounts()
         self._uses: dict[NodeId, Uses] = {}  # of those who have blocks that others wanted
+        self._asked: list[_Asked] = []  # what is still to be noted there
         self._events: list[NodeEvent] = []
         self._announce_count = 0
         self._asked_key_count = 0
@@ -143,6 +148,7 @@ class DirectoryCore:
         """Take note of a heartbeat and of what it says."""
         self._roster.advance(now_ms)
         self._announce_count += 1
+        self._note_uses()
         member = self._roster.find(announce.node_id)
         if member is None or announce.epoch > member.epoch:
             return self._reply(AnnounceStatus.UNKNOWN, announce, None)
@@ -171,7 +177,9 @@ class DirectoryCore:
         at, rows = self._catalogue.locate(
             locate.keys, limit=MAX_SOURCES_PER_KEY, without=own.listing if own else None
         )
-        self._note_uses(locate.keys, at, rows["listing"])
+        self._asked.append((locate.keys, at, rows["listing"]))
+        if len(self._asked) >= MAX_ASKED:
+            self._note_uses()
         self._asked_key_count += len(locate.keys) // KEY_BYTES
         self._location_count += len(rows)
         listings, node_column = _numbered(rows["listing"])
@@ -264,11 +272,15 @@ class DirectoryCore:
             spare=self._spare(member, announce.doubtful) if member is not None else b"",
         )
 
-    def _note_uses(self, keys: bytes, at: NDArray[np.intp], listings: NDArray[np.uint16]) -> None:
-        """Whoever is the home of a key that another node asks for hears of it."""
-        for listing, wanted in homes(keys, at, listings):
-            member = self._shown[Listing(listing)]
-            self._uses.setdefault(member.node_id, Uses()).add(wanted)
+    def _note_uses(self) -> None:
+        """Whoever is the home of a key that another node has asked for hears of it. Not while that
+        one waits for its answer, but before a listing can become another node's.
+        """
+        for keys, at, listings in self._asked:
+            for listing, wanted in homes(keys, at, listings):
+                member = self._shown[Listing(listing)]
+                self._uses.setdefault(member.node_id, Uses()).add(wanted)
+        self._asked.clear()
 
     def _spare(self, member: Member, doubtful: bytes) -> bytes:
         """Those of its keys that have another home, which is no suspect."""
@@ -293,6 +305,7 @@ class DirectoryCore:
         self._shown[mirror.listing] = member
 
     def _drop_mirror(self, node_id: NodeId) -> None:
+        self._note_uses()
         self._uses.pop(node_id, None)
         mirror = self._mirrors.pop(node_id, None)
         if mirror is not None:
@@ -352,6 +365,7 @@ class DirectoryCore:
         members = {member.node_id: member for member in self._roster.members()}
         assert members.keys() == self._mirrors.keys(), "a node without a mirror, or the reverse"
         assert self._uses.keys() <= members.keys(), "uses of nobody"
+        assert len(self._asked) < MAX_ASKED
         shown = {mirror.listing for mirror in self._mirrors.values()}
         assert shown == self._shown.keys(), "a listing without a node, or the reverse"
         for node_id, mirror in self._mirrors.items():
