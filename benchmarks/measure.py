@@ -106,7 +106,9 @@ def json_line(name: str, result: dict[str, Any], bars: Sequence[Bar], *, n: int)
 
 
 def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
+    """With family and model: a hypervisor may tell no more than "AMD EPYC"."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in said:
+        return platform.machine()
+    return f"{said['model name']}, family {said.get('cpu family')}, model {said.get('model')}"

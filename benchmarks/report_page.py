@@ -47,20 +47,25 @@ def missed(results: Mapping[str, Any]) -> list[str]:
 
 
 def _machines(results: Mapping[str, Any]) -> str:
-    """One sentence a machine: a page of one run has one."""
-    texts: dict[str, None] = {}
-    for result in results.values():
+    """One paragraph a machine, with what was measured on it where there are several: a page of one
+    run has one.
+    """
+    texts: dict[str, list[str]] = {}
+    for name, result in results.items():
         if "machine" not in result:
             continue
         machine, versions = result["machine"], result["versions"]
         packages = ", ".join(f"{name} {version}" for name, version in versions.items())
-        texts[
+        text = (
             f"Measured on one machine: {machine['cores']} cores ({machine['cpu']}, virtual), "
             f"{machine['memory_gb']} GB, Linux {machine['kernel']}, no GPU, no RDMA; {packages}. "
             "Ratios and bounds are the results; single times vary with what else the host does. "
             "GB are 10^9 bytes."
-        ] = None
-    return "\n\n".join(texts) + "\n"
+        )
+        texts.setdefault(text, []).append(name)
+    if len(texts) == 1:
+        return f"{next(iter(texts))}\n"
+    return "\n\n".join(f"{', '.join(names)}. {text}" for text, names in texts.items()) + "\n"
 
 
 def _promises(results: Mapping[str, Any]) -> str:
