@@ -52,7 +52,8 @@ def store_kill_mid_write(world: World) -> Report:
         with scene(world, report) as it:
             it.warm()
             for attempt in range(READ_ATTEMPTS):
-                cut = _cut_read(it, writer, reader, attempt, chance.uniform(1.0, MAX_CUT_AFTER_MS))
+                name = f"{world.loads}-{attempt}"  # of this scene alone: it may be played again
+                cut = _cut_read(it, writer, reader, name, chance.uniform(1.0, MAX_CUT_AFTER_MS))
                 report.notes["attempts"], report.notes["cut_reads"] = attempt + 1, cut
                 if cut:
                     break
@@ -63,14 +64,14 @@ def store_kill_mid_write(world: World) -> Report:
     return report
 
 
-def _cut_read(it: Scene, writer: Client, reader: Client, attempt: int, cut_after_ms: float) -> int:
+def _cut_read(it: Scene, writer: Client, reader: Client, name: str, cut_after_ms: float) -> int:
     """How many of the reader's reads failed."""
     world, report = it.world, it.report
     writer.wait_connected()
     it.load.stop()
-    keys = writer.store(*(f"read-{attempt}-{i}" for i in range(READ_BLOCKS)))
+    keys = writer.store(*(f"read-{name}-{i}" for i in range(READ_BLOCKS)))
     world.nodes.wait_listed(keys)
-    torn, places = _half_written(writer, f"torn-{attempt}")
+    torn, places = _half_written(writer, f"torn-{name}")
     pid, before, epoch = world.store_pid(VICTIM), world.keys(VICTIM), world.epoch(VICTIM)
     failed_before = _failed_reads(world)
     it.load.start()
