@@ -93,8 +93,8 @@ def _wait_until_none(limit_s: float) -> dict[int, str]:
     """What is still alive below this process after limit_s; returns early when nothing is."""
     deadline = time.monotonic() + limit_s
     while True:
-        _reap()
         alive = {pid: _name(pid) for pid in _descendants()}
+        _reap()  # afterwards: who ended just before that look is a zombie by then, and no more
         if not alive or time.monotonic() > deadline:
             return alive
         time.sleep(POLL_S)
