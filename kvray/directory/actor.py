@@ -45,7 +45,7 @@ from kvray.core.messages import (
 
 logger = logging.getLogger("kvray.directory")
 
-NODES_PERIOD_S = 0.5  # a new node waits so long for its NodeStore; ray.nodes() is 0.4 ms
+NODES_PERIOD_S = 1.0  # a new node waits so long for its NodeStore; ray.nodes() is 0.4 to 0.8 ms
 NAMES_PERIOD_S = 5.0  # how soon a NodeStore that somebody killed for good is missed
 
 Place = Callable[[dict[str, object], str], None]  # (Config.to_dict(), Ray node id)

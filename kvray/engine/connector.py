@@ -17,7 +17,7 @@ Loaded by name: {"kv_connector": "KVRayConnector", "kv_role": "kv_both",
 import logging
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
@@ -217,14 +217,10 @@ class KVRayConnector(OffloadingConnector):
         )
 
     @guarded(nothing)
-    def rest(
-        self, req_ids: Collection[str], is_wanted: Callable[[], bool], *, in_step: bool
-    ) -> None:
-        """Before a step, while no request runs: see engine.rest. in_step: an earlier step has not
-        ended yet.
-        """
-        if not in_step and len(self._ledger) == 0:
-            self.lookups.rest(req_ids, is_wanted)
+    def rest(self, engine_core: Any, is_wanted: Callable[[], bool]) -> None:
+        """Before a step: see engine.rest."""
+        if len(self._ledger) == 0 and not versions.computes(engine_core):
+            self.lookups.rest(engine_core.scheduler.requests, is_wanted)
 
     def take_events(self) -> Any:
         # The one thing that vLLM asks of a connector at the end of every step.

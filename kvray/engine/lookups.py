@@ -136,6 +136,7 @@ class Lookups(OffloadingManager):
                 "failed_loads",
                 "failed_stores",
                 "lookups",
+                "rests",
                 "expired_lookups",
                 "longest_wait_ms",
             ),
@@ -260,6 +261,7 @@ class Lookups(OffloadingManager):
         now_s = time.monotonic()
         for view in held:
             view.held_s = view.held_s or now_s
+        self.counters["rests"] += 1
         self._client.listen(
             lambda: is_wanted() or not all(self._is_held(view) for view in held),
             limit_s=min(REST_LIMIT_S, min(view.deadline_s for view in held) - now_s),

@@ -1,10 +1,10 @@
 """Between two steps of an engine whose every request waits for kvray: listen, do not go round.
 
-vLLM's loop would take a step without work each 2 ms until the blocks are there. That is half a core
-of EngineCore; and each such step wakes the workers, which then spin on their queue for a second, on
-cores that the NodeStore copies with. So where no request runs, nothing is being copied and each
-request waits for its look-up, the loop listens to the NodeStore instead, until the first of them
-can go on or somebody wants something of the engine.
+vLLM's loop would take one step without work after another until the blocks are there, and sleep a
+millisecond between two (v1/engine/core.py). Each wakes the workers, which then spin on their queue
+for a second (SpinCondition in shm_broadcast.py), on cores that the NodeStore copies with. So where
+no request runs, nothing is being copied and each request waits for its look-up, the loop listens to
+the NodeStore instead, until the first of them can go on or somebody wants something of the engine.
 """
 
 import functools
@@ -46,7 +46,6 @@ def _wrap_in_process(client_class: Any) -> None:
 def _rest(engine_core: Any, is_wanted: Callable[[], bool]) -> None:
     from kvray.engine.connector import KVRayConnector
 
-    scheduler = engine_core.scheduler
-    connector = scheduler.connector
-    if isinstance(connector, KVRayConnector) and not scheduler.running:
-        connector.rest(scheduler.requests, is_wanted, in_step=bool(engine_core.batch_queue))
+    connector = engine_core.scheduler.connector
+    if isinstance(connector, KVRayConnector):
+        connector.rest(engine_core, is_wanted)

@@ -118,6 +118,11 @@ def device_hit_tokens(
     return int(count * group.tokens_per_block)
 
 
+def computes(engine_core: Any) -> bool:
+    """Whether a request of this EngineCore runs, or a step that was begun has not ended."""
+    return bool(engine_core.scheduler.running or engine_core.batch_queue)
+
+
 def hash_seed() -> str:
     """The seed of vLLM's block hashes in this process; PYTHONHASHSEED changes it."""
     from vllm.v1.core.kv_cache_utils import get_none_hash_seed

@@ -14,7 +14,7 @@ import ray
 from kvray.core.planner import FETCH_BATCH_BYTES
 from tests import in_engine
 from tests.conftest import EngineFactory
-from tests.engines import Engine
+from tests.engines import Engine, Mode
 from tests.models import tiny
 from tests.prompts import CHUNK_TOKENS, full_chunks, prompt_of
 from tests.ray_nodes import Nodes, running_nodes
@@ -103,3 +103,24 @@ def test_an_engine_that_waits_for_a_peer_takes_no_steps_meanwhile(
         hit = late.call(in_engine.stats)["counters"]["hit_tokens_peer"] - before
         assert hit == full_chunks(TOKENS)
     assert held_steps[0] <= MAX_HELD_STEPS < held_steps[1], held_steps
+
+
+def test_an_engine_in_a_process_of_its_own_listens_too(
+    nodes: Nodes, engines: tuple[Engine, Engine, Engine], engine_factory: EngineFactory
+) -> None:
+    a, _, _ = engines
+    other = engine_factory(
+        tiny(),
+        mode=Mode.MULTIPROCESS,
+        kv_transfer_config=nodes.transfer(1),
+    )
+    prompt = prompt_of(TOKENS, seed=33)
+    control = a.generate(prompt, max_tokens=4)
+    a.call(in_engine.settle)
+    nodes.wait_listed(nodes.keys(0))
+
+    answer = other.ready().generate(prompt, max_tokens=4)
+
+    counters = other.call(in_engine.stats)["counters"]
+    assert (counters["hit_tokens_peer"], answer.tokens) == (full_chunks(TOKENS), control.tokens)
+    assert counters["rests"] >= 1
