@@ -20,7 +20,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,6 @@ from kvray.core.commands import (
     AskDirectory,
     Coming,
     CommitTargets,
-    ConnectPeer,
     FetchCommand,
     PostRead,
     ReadKind,
@@ -44,21 +42,18 @@ from kvray.core.ids import (
     ClientId,
     Epoch,
     Generation,
-    NodeId,
     OpId,
     Origin,
-    SlabId,
     SlotIndex,
     SlotState,
 )
 from kvray.core.layout import HEADER_BYTES, SLOT_HEADER_DTYPE, Geometry
 from kvray.core.messages import NodeInfo
-from kvray.link.nixl import NixlLink
 from kvray.node.pace import QUICKEST_US
-from kvray.node.peers import Ending, LinkEvent, LinkOpened, LinkThread, PeerConnected, ReadEnded
+from kvray.node.peers import Ending, LinkEvent, ReadEnded
 from kvray.node.serving import WAKE_PERIOD_MS
+from tests.link_node import EVENT_LIMIT_S, LinkNode
 
-EVENT_LIMIT_S = 60.0  # an interpreter and its first agent on a busy machine
 PAGE_WORDS = 512
 SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd: no two words of a slab are equal
 
@@ -108,39 +103,15 @@ def _key(slot: int) -> BlockKey:
     return BlockKey(slot.to_bytes(16, "little"))
 
 
-class Node:
-    """A LinkThread over NIXL."""
-
-    def __init__(self, slab: Slab, name: str) -> None:
-        self.events: SimpleQueue[LinkEvent] = SimpleQueue()
-        self.thread = LinkThread(
-            slab_address=slab.address,
-            slab_bytes=slab.geometry.slab_bytes,
-            on_event=self.events.put,
-        )
-        self.thread.open(lambda: NixlLink(name))
-        opened = self.events.get(timeout=EVENT_LIMIT_S)
-        assert isinstance(opened, LinkOpened), opened
-        self.info = NodeInfo(
-            node_id=NodeId(name),
-            epoch=Epoch(1),
-            link_name=opened.name,
-            link_metadata=opened.metadata,
-            slab_id=SlabId(bytes(16)),
-            slab_address=slab.address,
-            slab_bytes=slab.geometry.slab_bytes,
-            extent_bytes=slab.geometry.extent_bytes,
-            host="here",
-            kvray_version="0",
-            format_version=1,
-        )
+def _node(slab: Slab, role: str) -> LinkNode:
+    return LinkNode(f"{role}-{os.getpid()}", slab_address=slab.address, geometry=slab.geometry)
 
 
 def own(pipe: Connection, geometry: Geometry) -> None:
     """The owner: says who it is, then cuts its slab for each size it hears, until the pipe ends."""
     slab = Slab(geometry)
     slab.fill()
-    node = Node(slab, f"owner-{os.getpid()}")
+    node = _node(slab, "owner")
     pipe.send(node.info)
     while True:
         while not pipe.poll(WAKE_PERIOD_MS / 1_000):
@@ -161,20 +132,15 @@ class Reader:
         self._slab = Slab(geometry)
         self._slab.words[::PAGE_WORDS] = 0  # the pages of this process, too
         self._random = np.random.default_rng(seed)
-        self._node = Node(self._slab, f"reader-{os.getpid()}")
+        self._node = _node(self._slab, "reader")
         assert owner.poll(EVENT_LIMIT_S), "the owner does not start"
         self._peer: NodeInfo = owner.recv()
         self._core = FetchCore()
         self.plan_s = 0.0  # of the last fetch
         self._core.on_roster({self._peer.node_id: self._peer}, now_ms=0)
-        self._connect()
+        self._node.connect(self._peer)
         self._raw = Raw(self._slab, self._peer)
         self._op = 0
-
-    def _connect(self) -> None:
-        self._node.thread.submit(ConnectPeer(self._peer))
-        connected = self._node.events.get(timeout=EVENT_LIMIT_S)
-        assert isinstance(connected, PeerConnected), connected
 
     def cut(self, slot_bytes: int) -> None:
         self._owner.send(slot_bytes)

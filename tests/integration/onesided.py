@@ -17,31 +17,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kvray.core.commands import NO_OFFSETS, ConnectPeer, PostRead, ReadKind
-from kvray.core.ids import Epoch, NodeId, ReadId, SlabId, SlotIndex, SlotState
+from kvray.core.commands import NO_OFFSETS, PostRead, ReadKind
+from kvray.core.ids import ReadId, SlotIndex, SlotState
 from kvray.core.layout import HEADER_BYTES, SLOT_HEADER_DTYPE, Geometry
 from kvray.core.messages import NodeInfo
-from kvray.link.nixl import NixlLink
-from kvray.node.peers import (
-    Ending,
-    LinkEvent,
-    LinkOpened,
-    LinkThread,
-    PeerConnected,
-    ReadEnded,
-)
+from kvray.node.peers import Ending, ReadEnded
+from tests.link_node import EVENT_LIMIT_S, LinkNode
 
 SLOT_BYTES = 256 << 10
 SLOTS = 64
 BATCH = 16
 GEOMETRY = Geometry(slab_bytes=24 << 20, extent_bytes=SLOTS * SLOT_BYTES)
-EVENT_LIMIT_S = 30.0  # the first agent of a process on a busy machine
 
 Words = npt.NDArray[np.uint64]
 
@@ -72,30 +63,8 @@ class Slab:
         header["state"] = SlotState.READY
 
 
-class Node:
-    """A LinkThread over NIXL, and what it says."""
-
-    def __init__(self, slab: Slab, name: str, transports: str) -> None:
-        self.events: SimpleQueue[LinkEvent] = SimpleQueue()
-        self.thread = LinkThread(
-            slab_address=slab.address, slab_bytes=GEOMETRY.slab_bytes, on_event=self.events.put
-        )
-        self.thread.open(lambda: NixlLink(name, transports=transports))
-        opened = self.events.get(timeout=EVENT_LIMIT_S)
-        assert isinstance(opened, LinkOpened), opened
-        self.info = NodeInfo(
-            node_id=NodeId(name),
-            epoch=Epoch(1),
-            link_name=opened.name,
-            link_metadata=opened.metadata,
-            slab_id=SlabId(bytes(16)),
-            slab_address=slab.address,
-            slab_bytes=GEOMETRY.slab_bytes,
-            extent_bytes=GEOMETRY.extent_bytes,
-            host="here",
-            kvray_version="0",
-            format_version=1,
-        )
+def _node(slab: Slab, name: str, transports: str) -> LinkNode:
+    return LinkNode(name, slab_address=slab.address, geometry=GEOMETRY, transports=transports)
 
 
 def owner(pipe: Connection, path: Path, name: str, transports: str, *, pause_s: float) -> None:
@@ -103,7 +72,7 @@ def owner(pipe: Connection, path: Path, name: str, transports: str, *, pause_s: 
     slab = Slab(path)
     for slot in range(SLOTS):
         slab.write(slot, slot + 1)
-    node = Node(slab, name, transports)
+    node = _node(slab, name, transports)
     pipe.send(node.info)
     chosen = random.Random(1)
     generation = SLOTS
@@ -133,16 +102,14 @@ def reader(
     hints = Slab(path).headers
     own_path = path.with_suffix(".reader")
     slab = Slab(own_path)
-    node = Node(slab, name, transports)
-    node.thread.submit(ConnectPeer(info))
-    connected = node.events.get(timeout=EVENT_LIMIT_S)
-    assert isinstance(connected, PeerConnected), connected
+    node = _node(slab, name, transports)
+    node.connect(info)
     pipe.send(_read_for(duration_s, node, slab, hints, info))
     node.thread.close()
 
 
 def _read_for(
-    duration_s: float, node: Node, slab: Slab, hints: npt.NDArray[Any], info: NodeInfo
+    duration_s: float, node: LinkNode, slab: Slab, hints: npt.NDArray[Any], info: NodeInfo
 ) -> Counts:
     counts = Counts()
     chosen = random.Random(2)
@@ -184,7 +151,7 @@ def _hints(headers: npt.NDArray[Any], chosen: random.Random) -> tuple[list[int],
     return list(found), list(found.values())
 
 
-def _done(node: Node, read: PostRead) -> ReadEnded:
+def _done(node: LinkNode, read: PostRead) -> ReadEnded:
     node.thread.submit(read)
     ended = node.events.get(timeout=EVENT_LIMIT_S)
     assert isinstance(ended, ReadEnded), ended
