@@ -47,7 +47,9 @@ class AnnouncingLimits:
     max_entries: int = 2_048
     # From a change to its announce: a prefill commits its blocks within a few ms, in one call then.
     debounce_ms: int = 5
-    first_period_ms: int = 300  # until the directory has said how often
+    # Until the directory has said how often; and at most so long after an engine has asked for
+    # something: the directory may think that nobody uses the cache, and have said a longer one.
+    first_period_ms: int = 300
     # A call is made again after so long, or after one and a half periods: the directory buries
     # after five periods of silence, at least 1,500 ms.
     call_timeout_ms: int = 400
@@ -106,6 +108,7 @@ class Announcing:
         self._retry_ms = self._limits.first_retry_ms
         self._greet_after_ms = 0
         self._next_ms = now_ms  # when to say something new: the heartbeat, or what has changed
+        self._in_use = False  # since the last announce
         self._heard_ms = now_ms
         self._was_heard = False
         self.counters = dict.fromkeys(
@@ -139,6 +142,12 @@ class Announcing:
         if self.state is AnnouncingState.JOINED:
             self._next_ms = min(self._next_ms, now_ms + self._limits.debounce_ms)
 
+    def note_use(self, now_ms: int) -> None:
+        """An engine has asked for something."""
+        if self.state is AnnouncingState.JOINED:
+            self._in_use = True
+            self._next_ms = min(self._next_ms, now_ms + self._limits.first_period_ms)
+
     def on_tick(self, now_ms: int) -> list[AnnouncingCommand]:
         """Say what is due."""
         commands: list[AnnouncingCommand] = []
@@ -171,6 +180,7 @@ class Announcing:
         self._retry_ms = self._limits.first_retry_ms
         self._heard_ms = now_ms
         self._period_ms = reply.heartbeat_period_ms
+        self._next_ms = min(self._next_ms, now_ms + self._period_ms)  # it may be a shorter one
         if isinstance(reply, NodeHelloReply):
             return self._welcomed(reply, now_ms)
         assert isinstance(said, Announce)
@@ -238,6 +248,7 @@ class Announcing:
     def _announce(
         self, adds: bytes, removes: bytes, *, part: int = 0, is_last: bool = False
     ) -> Announce:
+        in_use, self._in_use = self._in_use, False
         return Announce(
             self.info.node_id,
             self.info.epoch,
@@ -249,6 +260,7 @@ class Announcing:
             part,
             is_last,
             doubtful=b"" if part else pack_keys(self._store.take_doubtful(MAX_DOUBTFUL_KEYS)),
+            in_use=in_use,
         )
 
     # -- what is heard ---------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from kvray.core.messages import (
     NodeInfo,
 )
 from kvray.core.mirror import Mirror, MirrorCounts, MirrorState
-from kvray.core.roster import Member, NodeState, Roster, heartbeat_period_ms
+from kvray.core.roster import QUIET_AFTER_MS, Member, NodeState, Roster, heartbeat_period_ms
 from kvray.core.uses import Uses, homes
 
 __all__ = [
@@ -67,6 +67,7 @@ class DirectoryLimits:
     # 64 nodes with 1 TiB of 2 MiB blocks each; 2.5 GB of memory. What does not fit is not listed,
     # so it is not found, and is asked for again when there is room.
     max_entries: int = 32 * 1024 * 1024
+    quiet_after_ms: int = QUIET_AFTER_MS
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ class DirectoryCore:
         self._term: Final = term
         limits = limits or DirectoryLimits()
         assert 2 * limits.max_nodes < MAX_LISTINGS
-        self._roster = Roster(max_nodes=limits.max_nodes)
+        self._roster = Roster(max_nodes=limits.max_nodes, quiet_after_ms=limits.quiet_after_ms)
         self._catalogue = Catalogue(max_rows=limits.max_entries)
         self._mirrors: dict[NodeId, Mirror] = {}
         self._shown: dict[Listing, Member] = {}  # whose listings can be located
@@ -125,16 +126,17 @@ class DirectoryCore:
         self._roster.advance(now_ms)
         welcome = self._roster.hello(hello.info, hello.wall_clock_ms)
         member = self._roster.find(hello.info.node_id)
-        period_ms = heartbeat_period_ms(len(self._roster))
+        period_ms = self._roster.period_ms
         if welcome.admitted:
             assert member is not None
-            period_ms = self._roster.tell_period(member)
             if welcome.fresh:
+                self._roster.note_use()
                 self._admit(member)
             else:
                 mirror = self._mirrors[member.node_id]
                 mirror.restart()
                 mirror.show(last=False)
+            period_ms = self._roster.tell_period(member)
             self._note(member)
         return NodeHelloReply(
             term=self._term,
@@ -156,6 +158,8 @@ class DirectoryCore:
             return self._reply(AnnounceStatus.BURIED, announce, None)
         if announce.term != self._term:
             return self._reply(AnnounceStatus.UNKNOWN, announce, None)
+        if announce.in_use or announce.adds or announce.removes:
+            self._roster.note_use()
         mirror = self._mirrors[announce.node_id]
         listing = mirror.listing
         # An old announce, repeated or overtaken, is no sign of life.
@@ -173,6 +177,7 @@ class DirectoryCore:
     def on_locate(self, locate: Locate, now_ms: int) -> LocateReply:
         """Where the keys are, but for the asker itself; nodes that are suspects come last."""
         self._roster.advance(now_ms)
+        self._roster.note_use()
         own = self._mirrors.get(locate.node_id)
         at, rows = self._catalogue.locate(
             locate.keys, limit=MAX_SOURCES_PER_KEY, without=own.listing if own else None
@@ -257,7 +262,7 @@ class DirectoryCore:
         self, status: AnnounceStatus, announce: Announce, member: Member | None
     ) -> AnnounceReply:
         """member: to whom it is said; None if it is not on the roster with this epoch."""
-        period_ms = heartbeat_period_ms(len(self._roster))
+        period_ms = self._roster.period_ms
         if member is not None:
             period_ms = self._roster.tell_period(member)
         is_current = announce.roster_version == self._roster.version

@@ -249,6 +249,7 @@ class Announce(msgspec.Struct, frozen=True, tag="announce"):
     announce before the latest part 1 says nothing new.
 
     doubtful: keys of blocks that go soon here; the reply says which of them other nodes keep.
+    in_use: an engine has looked something up here since the last announce.
     """
 
     node_id: NodeId
@@ -261,6 +262,7 @@ class Announce(msgspec.Struct, frozen=True, tag="announce"):
     resync_part: int = 0
     resync_last: bool = False
     doubtful: bytes = b""
+    in_use: bool = False
 
 
 class AnnounceStatus(IntEnum):

@@ -225,6 +225,7 @@ class NodeCore:
         """None: it waits, and its reply is among what the lookups tell at the end of the event."""
         if (refused := self._too_large(message)) is not None:
             return refused
+        self._announcing.note_use(now_ms)
         no_fetch: MissReason | None = None
         if not self._announcing.is_reachable(now_ms):
             no_fetch = MissReason.DIRECTORY_SILENT

@@ -12,6 +12,9 @@
 On the roster are ALIVE and SUSPECT nodes. An epoch that has been given to one process is never
 given to another, so what is said in the name of a lower epoch, or of a buried one, is void.
 
+While nobody uses the cache, heartbeats are rare, and a loss costs nobody anything until it is
+noticed; with the first use they are frequent again.
+
 Time is the directory's own. A pause of the directory itself (a frozen machine, a long garbage
 collection) is not the silence of its nodes, whose messages wait in its queue: so of the time
 between two events at most MAX_STEP_MS counts.
@@ -24,12 +27,15 @@ from typing import Any
 from kvray.core.ids import Epoch, NodeId
 from kvray.core.messages import MAX_EPOCH, MAX_PERIOD_MS, NodeInfo
 
-# A heartbeat is a Ray call, which takes about 1 ms of CPU at each of its ends. Every 300 ms it is
-# 0.3 % of a core for a node, and as much for the directory, for each node: a directory of two nodes
-# uses 1.2 to 1.4 % of a core, and may have 1.5 (test_a_quiet_cluster_costs_almost_nothing). Every
-# 200 ms would add another half. A loss is noticed in 1 to 1.5 s.
+# A heartbeat is a Ray call, which takes about 1 ms of CPU at each of its ends: every 300 ms it is
+# 0.3 % of a core for a node, and as much for the directory, for each node. A loss is noticed in 1
+# to 1.5 s.
 SMALL_CLUSTER_NODES, SMALL_CLUSTER_PERIOD_MS = 10, 300
 LARGE_CLUSTER_NODES, LARGE_CLUSTER_PERIOD_MS = 1_000, 2_000
+# Ray's part of an idle actor is 0.5 to 0.8 % of a core, and a directory of two quiet nodes may use
+# 1.5 in all (test_a_quiet_cluster_costs_almost_nothing). A loss is noticed in 3 to 5 s then.
+QUIET_PERIOD_MS = 1_000
+QUIET_AFTER_MS = 5_000  # without any use: a pause between two requests is no end of the work
 SUSPECT_PERIODS, SUSPECT_MS = 3, 1_000  # whichever is longer: two heartbeats may be lost
 BURY_PERIODS, BURY_MS = 5, 1_500  # > a NodeStore's worst pause; a wrong burial costs misses
 MAX_STEP_MS = 400  # <= SUSPECT_MS - 2 heartbeats of a small cluster: a pause makes no suspects
@@ -75,24 +81,27 @@ class Welcome:
     fresh: bool = False
 
 
-def heartbeat_period_ms(node_count: int) -> int:
+def heartbeat_period_ms(node_count: int, *, is_quiet: bool = False) -> int:
     """How often each of so many nodes announces: constant, then linear, then constant."""
     large = LARGE_CLUSTER_NODES - SMALL_CLUSTER_NODES
     above = min(max(node_count - SMALL_CLUSTER_NODES, 0), large)
     rise_ms = LARGE_CLUSTER_PERIOD_MS - SMALL_CLUSTER_PERIOD_MS
-    return SMALL_CLUSTER_PERIOD_MS + above * rise_ms // large
+    period_ms = SMALL_CLUSTER_PERIOD_MS + above * rise_ms // large
+    return max(period_ms, QUIET_PERIOD_MS) if is_quiet else period_ms
 
 
 class Roster:
     """Membership, without what the members have. `version` grows with every change of `infos`."""
 
-    def __init__(self, *, max_nodes: int) -> None:
+    def __init__(self, *, max_nodes: int, quiet_after_ms: int = QUIET_AFTER_MS) -> None:
         self.version = 1
         self._max_nodes = max_nodes
+        self._quiet_after_ms = quiet_after_ms
         self._listed: dict[NodeId, Member] = {}
         self._gone: dict[NodeId, Member] = {}  # EXPECTED and BURIED, the latest last
         self._now_ms: int | None = None  # of the last event, by the caller's clock
         self._clock_ms = 0  # the directory's own time
+        self._used_ms = 0
 
     def __len__(self) -> int:
         return len(self._listed)
@@ -102,6 +111,16 @@ class Roster:
         if self._now_ms is not None:
             self._clock_ms += min(max(now_ms - self._now_ms, 0), MAX_STEP_MS)
         self._now_ms = now_ms
+
+    @property
+    def period_ms(self) -> int:
+        """The heartbeat period of now."""
+        is_quiet = self._clock_ms - self._used_ms >= self._quiet_after_ms
+        return heartbeat_period_ms(len(self._listed), is_quiet=is_quiet)
+
+    def note_use(self) -> None:
+        """Somebody needs what the nodes have."""
+        self._used_ms = self._clock_ms
 
     def find(self, node_id: NodeId) -> Member | None:
         """On the roster, or remembered."""
@@ -151,7 +170,7 @@ class Roster:
     def tell_period(self, member: Member) -> int:
         """The heartbeat period for a reply to this member."""
         member.told_before_ms = member.told_ms
-        member.told_ms = heartbeat_period_ms(len(self._listed))
+        member.told_ms = self.period_ms
         return member.told_ms
 
     def find_silent(self) -> tuple[list[Member], list[Member]]:

@@ -153,6 +153,7 @@ def announces(draw: Any) -> Announce:
         resync_part=part,
         resync_last=bool(part) and draw(st.booleans()),
         doubtful=draw(keys),
+        in_use=draw(st.booleans()),
     )
 
 

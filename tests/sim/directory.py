@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from kvray.core.codec import pack_keys, unpack_entries, unpack_keys
-from kvray.core.directory import TICK_MS, DirectoryCore
+from kvray.core.directory import TICK_MS, DirectoryCore, DirectoryLimits
 from kvray.core.ids import Epoch, NodeId, Term
 from kvray.core.messages import (
     MAX_DOUBTFUL_KEYS,
@@ -17,14 +17,13 @@ from kvray.core.messages import (
     NodeHello,
     NodeHelloReply,
 )
-from kvray.core.roster import BURY_MS, BURY_PERIODS, SMALL_CLUSTER_PERIOD_MS, NodeState
+from kvray.core.roster import BURY_MS, BURY_PERIODS, QUIET_AFTER_MS, NodeState
 from tests.sim.clocks import Clock
 
 if TYPE_CHECKING:
     from tests.sim.world import World
 
-# Of silence, at most, until a node is buried: five heartbeats of a small cluster.
-BURIED_MS = max(BURY_MS, BURY_PERIODS * SMALL_CLUSTER_PERIOD_MS)
+QUIET_TOO_SOON_MS = 200  # in every other term: a pause between two loads is the end of the work
 
 WRONG_HINTS = 0.02  # of the answers to announces
 
@@ -43,13 +42,16 @@ class Directory:
         self._alive: dict[NodeId, Epoch] = {}
         self._dead: dict[NodeId, Epoch] = {}  # the greatest one
         self._heard_ms: dict[NodeId, int] = {}  # any word of it
+        self._told_ms: dict[NodeId, tuple[int, int]] = {}  # its last two heartbeat periods
 
     def start(self) -> None:
         """Empty, with a greater term."""
         if self.core is not None:
             return
         self._term = max(self._term + 1, self._now_ms() + self._clock.wall_ms)
-        self.core = DirectoryCore(Term(self._term))
+        quiet_after_ms = QUIET_TOO_SOON_MS if self._term % 2 else QUIET_AFTER_MS
+        self.core = DirectoryCore(Term(self._term), DirectoryLimits(quiet_after_ms=quiet_after_ms))
+        self._told_ms.clear()
         self._alive.clear()
         self._dead.clear()
         self._world.note("directory", "starts", f"term {self._term}")
@@ -70,7 +72,8 @@ class Directory:
         self._follow(core)
         for node_id in self._alive:
             silent_ms = now_ms - self._heard_ms[node_id]
-            assert silent_ms < BURIED_MS + TICK_MS, f"{node_id}, silent for long, is alive"
+            buried_ms = max(BURY_MS, BURY_PERIODS * max(self._told_ms[node_id]))
+            assert silent_ms < buried_ms + TICK_MS, f"{node_id}, silent for long, is alive"
         core.check_roster()
         self._world.schedule.after(TICK_MS * 1_000, self._tick, core)
 
@@ -84,11 +87,13 @@ class Directory:
         if isinstance(message, NodeHello):
             self._heard_ms[message.info.node_id] = now_ms
             reply = core.on_hello(message, now_ms)
+            self._told(message.info.node_id, reply.heartbeat_period_ms)
             self._follow(core)
             core.check_roster()
         elif isinstance(message, Announce):
             self._heard_ms[message.node_id] = now_ms
             reply = core.on_announce(message, now_ms)
+            self._told(message.node_id, reply.heartbeat_period_ms)
             self._follow(core)
             if message.epoch <= self._dead.get(message.node_id, 0):
                 assert reply.status is AnnounceStatus.BURIED, "a buried node is believed"
@@ -101,6 +106,9 @@ class Directory:
                 assert self._alive.get(node_id) == epoch, "a location of a buried epoch"
                 assert node_id != message.node_id, "the asker is told of itself"
         return reply
+
+    def _told(self, node_id: NodeId, period_ms: int) -> None:
+        self._told_ms[node_id] = (self._told_ms.get(node_id, (0, 0))[1], period_ms)
 
     def _hinted(
         self, core: DirectoryCore, announce: Announce, reply: AnnounceReply

@@ -1,6 +1,7 @@
 """What a node and the directory say to each other, when calls and answers go astray."""
 
 from kvray.core.messages import Announce
+from kvray.core.roster import QUIET_AFTER_MS, QUIET_PERIOD_MS
 from tests.nodes import Cluster, Engine
 from tests.shells import key
 
@@ -10,6 +11,36 @@ def the_announce(cluster: Cluster) -> tuple[int, Announce]:
     ((call_id, call),) = cluster["a"].calls.items()
     assert isinstance(call.message, Announce)
     return call_id, call.message
+
+
+def test_with_the_first_question_of_an_engine_a_rare_heartbeat_becomes_a_frequent_one() -> None:
+    cluster = Cluster.of("a")
+    node, engine = cluster["a"], Engine(cluster["a"])
+    for _ in range(QUIET_AFTER_MS // 300):
+        cluster.now_ms += 300
+        node.tick()
+        call_id, _ = the_announce(cluster)
+        node.answer_call(call_id)
+    cluster.now_ms += QUIET_PERIOD_MS
+    node.tick()
+    call_id, quiet = the_announce(cluster)
+    assert not quiet.in_use
+    node.answer_call(call_id)
+    cluster.now_ms += 300
+    node.tick()
+    assert not node.calls, "nobody has used anything: the next one is in a second"
+
+    engine.lookup([key(1)])
+
+    cluster.now_ms += 300
+    node.tick()
+    call_id, announce = the_announce(cluster)
+    assert announce.in_use
+    node.answer_call(call_id)
+    cluster.now_ms += 300
+    node.tick()
+    call_id, announce = the_announce(cluster)
+    assert not announce.in_use
 
 
 def test_an_answer_that_comes_twice_acknowledges_one_announce_only() -> None:

@@ -152,6 +152,7 @@ ANNOUNCE = Announce(
     adds=pack_entries([ENTRY]),
     removes=pack_keys(KEYS),
     doubtful=pack_keys(KEYS),
+    in_use=True,
 )
 ANNOUNCE_REPLY = AnnounceReply(
     status=AnnounceStatus.RESYNC,

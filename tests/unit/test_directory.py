@@ -6,7 +6,7 @@ a story can leave messages out, repeat them or send them late. The core is check
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import msgspec
@@ -46,7 +46,7 @@ from kvray.core.messages import (
     NodeHelloReply,
     NodeInfo,
 )
-from kvray.core.roster import MAX_GONE
+from kvray.core.roster import MAX_GONE, QUIET_AFTER_MS, QUIET_PERIOD_MS
 
 OK, RESYNC = AnnounceStatus.OK, AnnounceStatus.RESYNC
 BURIED, UNKNOWN = AnnounceStatus.BURIED, AnnounceStatus.UNKNOWN
@@ -372,6 +372,43 @@ def test_heartbeats_are_rarer_in_a_large_cluster() -> None:
     assert periods[505] == 1_150
     assert periods[1_000] == periods[1_999] == 2_000
     assert periods == sorted(periods)
+
+
+def test_heartbeats_are_rare_while_nobody_uses_the_cache_and_frequent_with_the_first_use() -> None:
+    cluster = Cluster()
+    node, other = Node(cluster, "a").join(A), Node(cluster, "b").join()
+
+    def period_ms() -> int:
+        return node.send(node.say()).heartbeat_period_ms
+
+    def pass_quietly(duration_ms: int) -> None:
+        for _ in range(duration_ms // TICK_MS):
+            cluster.now_ms += TICK_MS
+            node.announce()
+            other.announce()
+
+    assert period_ms() == 300
+    pass_quietly(QUIET_AFTER_MS)
+    assert period_ms() == QUIET_PERIOD_MS
+    # It has the time it was told: five periods of a second.
+    cluster.wait(4_800, other)
+    assert cluster.core.state_of(node.info.node_id) is NodeState.SUSPECT
+    cluster.wait(400, other)
+    assert cluster.core.state_of(node.info.node_id) is NodeState.BURIED
+    assert node.hello(epoch=11).heartbeat_period_ms == 300, "a node that comes is a use"
+    node.part(1, A, last=True)
+
+    uses: list[Callable[[], object]] = [
+        lambda: other.locate(A),
+        lambda: other.announce(B),
+        lambda: other.remove(B),
+        lambda: other.send(msgspec.structs.replace(other.say(), in_use=True)),
+    ]
+    for use in uses:
+        pass_quietly(QUIET_AFTER_MS)
+        assert period_ms() == QUIET_PERIOD_MS
+        use()
+        assert period_ms() == 300
 
 
 def test_a_node_of_a_large_cluster_has_the_time_it_was_told() -> None:
