@@ -52,8 +52,9 @@ class Kind(Enum):
     PEER = "peer"  # the other engine has stored it, this one never asked
 
 
-# Two peers for one new: the stock is used up slowly, and what a fault does shows soon.
-TURNS = (Kind.LOCAL, Kind.PEER, Kind.NEW, Kind.LOCAL, Kind.PEER)
+# Every other one is local, so that no more than one request lies between a NodeStore that is back
+# and the hit that shows it. Two peers for one new: the stock is used up slowly.
+TURNS = (Kind.LOCAL, Kind.PEER, Kind.LOCAL, Kind.NEW, Kind.LOCAL, Kind.PEER)
 
 
 @dataclass(frozen=True, slots=True)

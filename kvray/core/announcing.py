@@ -198,7 +198,6 @@ class Announcing:
         assert info.epoch >= self.info.epoch
         self.info = info
         self.state = AnnouncingState.GREETING
-        self._born_ms = now_ms + self._wall_clock_offset_ms
         self._sequence = 0
         self._next_ms = now_ms
 
@@ -216,7 +215,8 @@ class Announcing:
     def _next_message(self, now_ms: int) -> NodeHello | Announce:
         self._next_ms = now_ms + self._period_ms
         if self.state is AnnouncingState.GREETING:
-            # The time of day of this epoch's start: the directory may ask for an epoch beyond it.
+            # The time of day when this epoch was chosen, which is not below it: so a directory that
+            # has never seen a greater one has no reason to ask for another, and another link.
             return NodeHello(self.info, self._born_ms)
         self._sequence += 1
         self.counters["announces"] += 1
@@ -284,8 +284,9 @@ class Announcing:
         self, said: Announce, reply: AnnounceReply, now_ms: int
     ) -> list[AnnouncingCommand]:
         if reply.status is AnnounceStatus.BURIED:
+            self._born_ms = now_ms + self._wall_clock_offset_ms
             return self._rename(
-                Epoch(max(self.info.epoch + 1, now_ms + self._wall_clock_offset_ms)),
+                Epoch(max(self.info.epoch + 1, self._born_ms)),
                 Log("the directory has buried this node", warning=True),
             )
         if reply.status is AnnounceStatus.UNKNOWN or reply.term != said.term:

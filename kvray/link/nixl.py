@@ -1,4 +1,4 @@
-"""The real link: one-sided NIXL reads over UCX. Nothing else in kvray imports nixl.
+"""The real link: one-sided NIXL reads over UCX. Nothing else in kvray uses it.
 
 Made for NIXL 1.5.1 and 1.3.2. Tested over cma (same host) and TCP. Not tested over RDMA, for want
 of the hardware; what is assumed of it is marked "RDMA:".
@@ -42,13 +42,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import nixl
 import numpy as np
-from nixl._api import nixl_agent, nixl_agent_config
 
 from kvray.core.ids import ReadId
 from kvray.errors import LinkError
 from kvray.link.base import ReadEnd, ReadOutcome, Segments, Words
+from kvray.link.nixl_package import load_nixl
+
+nixl = load_nixl()
 
 logger = logging.getLogger(__name__)
 
@@ -135,8 +136,8 @@ class NixlLink:
         self._registered: list[Any] = []
         self._hints_seen = 0
         with _named(f"no NIXL agent {name}"):
-            self._agent: Any = nixl_agent(
-                name, nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+            self._agent: Any = nixl.nixl_agent(
+                name, nixl.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
             )
         self._transfers: Any = self._agent.agent  # the bindings' own agent; its handles are numbers
         if "UCX" not in self._agent.backends:

@@ -18,8 +18,6 @@ from kvray.actors import (
 from kvray.config import Config
 from kvray.core.ids import KEY_BYTES, BlockKey, NodeId
 from kvray.errors import RemoteProtocolError
-from kvray.node.loop import NodeLoop
-from kvray.node.serving import Serving
 
 logger = logging.getLogger("kvray.node")
 
@@ -40,6 +38,10 @@ class NodeStore:
         log_to_stderr()
         run_at_normal_priority()
         take_short_turns()
+        # Not before: Ray has started this process at the lowest priority but four, beside engines
+        # that compute and wait for it, and to import all this takes 0.2 s of a core.
+        from kvray.node.loop import NodeLoop
+
         self._name = f"NodeStore(node={node_id[:8]})"
         self._loop = NodeLoop(Config.parse(settings), NodeId(node_id))
         self._loop.start()
@@ -62,12 +64,12 @@ class NodeStore:
 
     def block_keys(self) -> list[bytes]:
         """Of all READY blocks, for tests and verification."""
-        keys: list[bytes] = self._loop.ask(Serving.block_keys)
+        keys: list[bytes] = self._loop.ask(lambda serving: serving.block_keys())
         return keys
 
     def drain(self) -> tuple[list[bytes], list[int]]:
         """Store nothing more for engines, and say what is READY: keys, payload bytes."""
-        listed: tuple[list[bytes], list[int]] = self._loop.ask(Serving.drain)
+        listed: tuple[list[bytes], list[int]] = self._loop.ask(lambda serving: serving.drain())
         return listed
 
     def take_over(self, keys: list[bytes], sizes: list[int]) -> list[bytes]:
@@ -86,11 +88,11 @@ class NodeStore:
 
     def clear(self) -> None:
         """Evict every block that nobody has pinned."""
-        self._loop.ask(Serving.clear)
+        self._loop.ask(lambda serving: serving.clear())
 
     def check(self) -> None:
         """Assert all invariants; a broken one ends this process, as any bug does."""
-        self._loop.ask(Serving.check)
+        self._loop.ask(lambda serving: serving.check())
 
     def stop(self) -> list[str]:
         """Say bye and leave no slab and no socket; the caller kills the actor then. Returns the

@@ -1,7 +1,7 @@
 """How a process of an engine finds its NodeStore, says hello, and stays with it. One thread.
 
     ┌─▶ find the socket ─▶ connect ─▶ Hello ─▶ HelloReply with the slab ─▶ listen until lost ─┐
-    └───────────── wait: 1 s, growing to 5 s; 30 s after a refusal; or until woken ◀──────────┘
+    └───────────── wait: 50 ms, growing to 5 s; 30 s after a refusal; or until woken ◀────────┘
 
 The thread sleeps in the kernel all the time that nothing happens. NodeClient (questions, answers,
 outbox) and WorkerClient (only wants the slab) are built on it.
@@ -27,9 +27,9 @@ from kvray.node.mapped import MappedSlab
 
 logger = logging.getLogger("kvray.node")
 
-RETRY_FIRST_S = 0.1  # a NodeStore that Ray restarts needs 1 to 3 s; a vain knock takes 10 us
+RETRY_FIRST_S = 0.05  # a NodeStore that Ray restarts needs 1 to 3 s; a vain knock takes 10 us
 RETRY_LAST_S = 5.0  # what an engine waits at most when its NodeStore appears long after it
-RETRY_GROWTH = 1.1  # so a client comes back a tenth later than it could have, at most
+RETRY_GROWTH = 1.03  # so a client comes back that much later than it could have, at most
 RETRY_REFUSED_S = 30.0  # another version, another pid namespace: only people change that
 STABLE_S = 5.0  # a connection that ended sooner does not reset the wait: no tight loop of drops
 HELLO_DEADLINE_S = 2.0  # a NodeStore answers in ms, and does not listen before it can

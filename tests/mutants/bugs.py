@@ -316,6 +316,34 @@ BUGS: tuple[Mutant, ...] = (
         (("Epoch(max(self.info.epoch + 1, ", "Epoch(max(self.info.epoch, 0 * "),),
         simulated(20),
     ),
+    Mutant(
+        "an epoch is older than its hello says",
+        "kvray.core.announcing",
+        (
+            (
+                "        self._sequence = 0\n",
+                "        self._born_ms, self._sequence = now_ms + self._wall_clock_offset_ms, 0\n",
+            ),
+        ),
+        tested("tests/unit/test_node_cluster.py"),
+    ),
+    Mutant(
+        "the heartbeat stays rare when an engine asks",
+        "kvray.core.node",
+        (("        self._announcing.note_use(now_ms)\n", ""),),
+        tested("tests/unit/test_announcing.py"),
+    ),
+    Mutant(
+        "a node has no more time than its last heartbeat period",
+        "kvray.core.roster",
+        (
+            (
+                "max(member.told_ms, member.told_before_ms)\n            if",
+                "member.told_ms\n            if",
+            ),
+        ),
+        tested("tests/unit/test_directory.py"),
+    ),
     # -- the directory ---------------------------------------------------------------------------
     Mutant(
         "an announce of a lower epoch is believed",

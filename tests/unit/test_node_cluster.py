@@ -374,6 +374,31 @@ def test_a_buried_node_comes_back_in_a_greater_epoch_and_its_blocks_with_it() ->
     assert there.answer(op) == "h"
 
 
+def test_however_long_a_link_takes_to_open_the_first_one_is_good() -> None:
+    """A second epoch would need a second agent, while everybody waits for this node."""
+    cluster, _, _ = cluster_with(A)
+    slab = cluster.kill("a")
+    node = cluster.start("a", slab)
+    epoch = node.core.info.epoch
+    cluster.now_ms += 2_600  # NIXL beside engines that compute
+    cluster.pass_ms(1_000)
+    assert node.core.info.epoch == epoch
+    assert announced(cluster, A) == [["a"]]
+
+    assert cluster.directory is not None
+    cluster.directory.on_node_dead(node.core.info.node_id, epoch)
+    cluster.now_ms += 300
+    node.tick()
+    for call_id in list(node.calls):
+        node.answer_call(call_id)
+    (greater,) = node.linking
+    cluster.now_ms += 2_600
+    cluster.pass_ms(1_000)
+    assert greater > epoch
+    assert node.core.info.epoch == greater
+    assert announced(cluster, A) == [["a"]]
+
+
 def test_before_it_takes_another_epoch_a_node_has_given_up_all_reads() -> None:
     cluster, _, there = cluster_with(A)
     cluster.link_is_up = False
