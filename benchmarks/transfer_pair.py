@@ -32,7 +32,6 @@ from kvray.core.commands import (
     CommitTargets,
     FetchCommand,
     PostRead,
-    ReadKind,
     ReserveTargets,
 )
 from kvray.core.effects import Place
@@ -222,7 +221,7 @@ class Reader:
     def _on_end(self, end: LinkEvent) -> Sequence[FetchCommand]:
         assert isinstance(end, ReadEnded), end
         assert end.ending is Ending.DONE, end.reason
-        if end.kind is ReadKind.HEADERS:
+        if len(end.headers):
             return self._core.on_headers(end.read_id, end.headers, now_ms=_now_ms())
         return self._core.on_read_done(end.read_id, ok=True, now_ms=_now_ms())
 

@@ -195,15 +195,19 @@ class FetchWorld:
         grants = [self._grant(k, block_bytes) for k, block_bytes in wants]
         self.do(self.core.on_reserved(batch_id, grants))
 
-    def end_read(self, read_id: ReadId | None = None, *, ok: bool = True) -> None:
-        """A read ends, the oldest if none is named. Headers are what the peers' slabs say now."""
+    def end_read(
+        self, read_id: ReadId | None = None, *, ok: bool = True, with_headers: bool = False
+    ) -> None:
+        """A read ends, the oldest if none is named. Headers are what the peers' slabs say now;
+        with a payload they come if with_headers.
+        """
         read_id = min(self.reads) if read_id is None else read_id
         read = self.reads.pop(read_id)
         for place, slot in zip(read.places, read.slots, strict=read.post.kind is ReadKind.PAYLOAD):
             block = self.blocks.get((read.post.node_id, slot))
             is_whole = ok and block is not None and slot not in read.torn
             self.content[place] = block[0] if is_whole and block else None
-        if ok and read.post.kind is ReadKind.HEADERS:
+        if ok and (with_headers or read.post.kind is ReadKind.HEADERS):
             headers = self._headers(read)
             self.do(self.core.on_headers(read_id, headers, now_ms=self.now_ms))
         else:
@@ -312,6 +316,10 @@ class FetchWorld:
             assert not self._written() & set(places), "two reads into one slot"
             assert all(self.targets[place] is Target.WRITING for place in places)
             assert int(post.bytes.sum()) <= self.limits.batch_bytes or len(post.bytes) == 1
+            assert slots == [
+                _slot_of(geometry, ReadKind.HEADERS, offset, HEADER_BYTES)
+                for offset in post.header_offsets.tolist()
+            ], "headers of other blocks"
         self.reads[post.read_id] = Read(post, places, slots)
 
     def _written(self) -> set[Place]:

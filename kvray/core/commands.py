@@ -10,7 +10,7 @@ Who owns what: sockets, the slab, Ray calls, links, scratch memory for headers a
 shell's; every decision about them is the core's.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
@@ -135,12 +135,14 @@ class PeerFailed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PostRead:
-    """Read from a peer. It ends in exactly one on_read_done, or for HEADERS that have come in one
+    """Read from a peer. It ends in exactly one on_read_done, or if headers have come in one
     on_headers; also after AbandonRead, however late that is.
 
-    A HEADERS read is made only after its payload has come, and must be posted as a transfer of
-    its own (rule 2). Its target is scratch memory of the shell, one header after another, which
-    must not be used again before the read has ended.
+    Headers are read only after their payload has come, and must be posted as a transfer of their
+    own (rule 2). Whoever reads a payload can do that at once, and so save a turn of two threads:
+    header_offsets says where they are. If it does not (on_read_done), a HEADERS read follows. They
+    go to scratch memory of the shell, one after another, which must not be used again before the
+    read has ended.
     """
 
     read_id: ReadId
@@ -150,6 +152,8 @@ class PostRead:
     remote_offsets: Offsets  # from the start of the peer's slab
     local_offsets: Offsets  # from the start of ours; NO_OFFSETS for HEADERS
     bytes: Offsets  # of each piece; as long as remote_offsets
+    # Of the same blocks, at the peer; NO_OFFSETS for HEADERS.
+    header_offsets: Offsets = field(default_factory=lambda: NO_OFFSETS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -229,11 +229,13 @@ class FetchCore:
         return self._take()
 
     def on_headers(self, read_id: ReadId, headers: Headers, *, now_ms: int) -> list[FetchCommand]:
-        """headers: SLOT_HEADER_DTYPE rows, one for each piece of the read."""
-        if self._reads.end_abandoned(read_id) is not None:
+        """A read of HEADERS has come, or one of PAYLOAD with its headers. headers:
+        SLOT_HEADER_DTYPE rows, one for each piece, read after the payload had come.
+        """
+        if (freed := self._reads.end_abandoned(read_id)) is not None:
+            self._commands.extend(freed)
             return self._take()
         read = self._reads.end(read_id, came=True, now_ms=now_ms)
-        assert read.kind is ReadKind.HEADERS
         read.peer.succeed()
         proven: list[Fetch] = []
         stale: list[Fetch] = []

@@ -272,7 +272,9 @@ class NodeCore:
         return self._finish(now_ms)
 
     def on_headers(self, read_id: ReadId, headers: Headers, now_ms: int) -> list[NodeCommand]:
-        """A read of HEADERS has come: SLOT_HEADER_DTYPE rows, not changed by anybody afterwards."""
+        """A read of HEADERS has come, or one of PAYLOAD with its headers: SLOT_HEADER_DTYPE rows,
+        not changed by anybody afterwards.
+        """
         self._fetching.on_headers(read_id, headers, now_ms)
         return self._finish(now_ms)
 

@@ -1,6 +1,7 @@
 """The reads of FetchCore: under way, abandoned; and the limit on all of them.
 
     post PAYLOAD ─▶ end ─▶ post HEADERS ─▶ end
+          │   └─── with its headers ────────▶ end
           └────── late ──┬───────┘
                          ▼
                       abandoned ─▶ end, however late: the targets are free only now
@@ -174,6 +175,7 @@ class Reads:
             offsets,
             np.array([place.offset for place in read.targets], np.uint64),
             np.array([fetch.bytes for fetch in fetches], np.uint64),
+            peer.header_offsets(_sources_of(fetches)),
         )
 
     def post_headers(self, payload: Read, *, now_ms: int) -> PostRead:

@@ -1,6 +1,8 @@
 """What the link thread does, one step at a time. It has neither thread nor clock.
 
     do(command) ──▶ Link ──▶ poll() ──▶ on_event(LinkEvent)
+                     ▲          │
+                     └─ headers ┘ of a payload that has come
 
 Each PostRead ends in exactly one ReadEnded, as each read of a link does; until then its target
 slots and its scratch rows are in quarantine, abandoned or not. Nothing is decided here about
@@ -14,6 +16,7 @@ from enum import Enum
 import numpy as np
 
 from kvray.core.commands import (
+    NO_OFFSETS,
     AbandonRead,
     ConnectPeer,
     DisconnectPeer,
@@ -83,7 +86,9 @@ class ConnectFailed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadEnded:
-    """headers: a copy of the rows if it was a HEADERS read and is DONE, else NO_HEADERS."""
+    """headers: a copy of the rows if it is DONE and was a HEADERS read, or one of PAYLOAD whose
+    headers could be read, too; else NO_HEADERS.
+    """
 
     read_id: ReadId
     kind: ReadKind
@@ -128,10 +133,19 @@ class _Rows:
 
 @dataclass(slots=True, eq=False)
 class _Read:
+    """rows: of headers; None if it is payload. ends_as: headers that follow a payload of themselves
+    are a part of its read.
+    """
+
     link: Link
-    rows: _Rows | None  # None: PAYLOAD
-    probed: _PeerId | None  # a probe, of this peer
+    post: PostRead
+    ends_as: ReadKind
+    rows: _Rows | None
     abandoned: bool = False
+
+    @property
+    def peer_id(self) -> _PeerId:
+        return self.post.node_id, self.post.epoch
 
 
 class LinkLoop:
@@ -189,8 +203,9 @@ class LinkLoop:
         """Make progress on both sides, report what has ended."""
         self.poll_count += 1
         for link in self._links():
-            for end in link.poll():
-                self._end(end, now_us)
+            while ends := link.poll():  # again: the end of one read may have begun another
+                for end in ends:
+                    self._end(end, now_us)
         hints_seen = sum(link.hints_seen for link in self._links())
         if hints_seen != self._hints_seen:
             self._hints_seen = hints_seen
@@ -243,7 +258,7 @@ class LinkLoop:
         self._disconnect(peer_id)
         peer = _Peer(info, asked_us=now_us)
         self._peers[peer_id] = peer
-        reason = self._make_known(peer) or self._probe(peer_id, peer)
+        reason = self._make_known(peer) or self._probe(peer)
         if reason:
             self._on_event(ConnectFailed(*peer_id, reason))
 
@@ -259,13 +274,11 @@ class LinkLoop:
             peer.known = True
         return ""
 
-    def _probe(self, peer_id: _PeerId, peer: _Peer) -> str:
+    def _probe(self, peer: _Peer) -> str:
         """Read 64 bytes, so that the connection is made now and not by the first block."""
-        zero = np.zeros(1, np.uint64)
-        header_bytes = np.full(1, HEADER_BYTES, np.uint64)
         read_id = ReadId(self._next_probe)
         self._next_probe -= 1
-        reason = self._start(read_id, peer, zero, None, header_bytes, probed=peer_id)
+        reason = self._start(_headers(read_id, peer, np.zeros(1, np.uint64)), peer)
         if not reason:
             peer.probe = read_id
         return reason
@@ -300,34 +313,23 @@ class LinkLoop:
     # -- reads -------------------------------------------------------------------------------
 
     def _post(self, command: PostRead) -> None:
-        assert command.read_id > 0, "ids below 0 are for probes"
+        assert not _is_probe(command.read_id)
         peer = self._peers.get((command.node_id, command.epoch))
         if peer is None:
             reason = f"node {command.node_id} epoch {command.epoch} is not connected"
         else:
-            local = command.local_offsets if command.kind is ReadKind.PAYLOAD else None
-            reason = self._make_known(peer) or self._start(
-                command.read_id, peer, command.remote_offsets, local, command.bytes
-            )
+            reason = self._make_known(peer) or self._start(command, peer)
         if reason:
             self.ended_counts[Ending.REFUSED] += 1
             self._on_event(ReadEnded(command.read_id, command.kind, Ending.REFUSED, reason))
 
-    def _start(
-        self,
-        read_id: ReadId,
-        peer: _Peer,
-        remote_offsets: Offsets,
-        local_offsets: Offsets | None,  # None: HEADERS
-        sizes_bytes: Offsets,
-        *,
-        probed: _PeerId | None = None,
-    ) -> str:
-        """Why the read can not be started; empty if it has been."""
+    def _start(self, post: PostRead, peer: _Peer, *, ends_as: ReadKind | None = None) -> str:
+        """Why it can not be started; empty if it has been. ends_as: if not as its own kind."""
         link = self._link
         assert link is not None
-        assert read_id not in self._reads
+        assert post.read_id not in self._reads
         info = peer.info
+        remote_offsets, sizes_bytes = post.remote_offsets, post.bytes
         if len(self._reads) >= MAX_READS:
             return f"{MAX_READS} reads have not ended"
         if not 0 < len(sizes_bytes) <= MAX_SEGMENTS:
@@ -335,7 +337,7 @@ class LinkLoop:
         if _outside(remote_offsets, sizes_bytes, info.slab_bytes):
             return f"outside of the slab of node {info.node_id}, of {info.slab_bytes} bytes"
         rows: _Rows | None = None
-        if local_offsets is None:
+        if post.kind is ReadKind.HEADERS:
             assert (sizes_bytes == HEADER_BYTES).all(), "a header has another size"
             rows = self._take_rows(remote_offsets)
             if rows is None:
@@ -344,18 +346,20 @@ class LinkLoop:
             first = np.uint64(self._scratch.address_of(rows.span))
             local = first + np.cumsum(sizes_bytes) - sizes_bytes
         else:
-            assert not _outside(local_offsets, sizes_bytes, self._slab_bytes), "a foreign target"
-            local = np.uint64(self._slab_address) + local_offsets
+            assert not _outside(post.local_offsets, sizes_bytes, self._slab_bytes), (
+                "a foreign target"
+            )
+            local = np.uint64(self._slab_address) + post.local_offsets
         remote: Words = np.uint64(info.slab_address) + remote_offsets
         try:
-            link.post_read(read_id, info.link_name, Segments(local, remote, sizes_bytes))
+            link.post_read(post.read_id, info.link_name, Segments(local, remote, sizes_bytes))
         except LinkError as exc:
             if rows is not None:
                 self._scratch.give_back(rows.span)
             return str(exc)
         if rows is None:
             self.read_bytes += int(sizes_bytes.sum())
-        self._reads[read_id] = _Read(link, rows, probed)
+        self._reads[post.read_id] = _Read(link, post, ends_as or post.kind, rows)
         self._awaited += 1
         return ""
 
@@ -381,18 +385,27 @@ class LinkLoop:
         read = self._reads.pop(end.read_id)
         self._awaited -= not read.abandoned
         done = end.outcome is ReadOutcome.DONE
-        headers, kind = NO_HEADERS, ReadKind.PAYLOAD
+        headers = NO_HEADERS
         if read.rows is not None:
-            kind = ReadKind.HEADERS
             if done:
                 headers = self._scratch.rows(read.rows.span, read.rows.runs.rows)
             self._scratch.give_back(read.rows.span)
-        if read.probed is not None:
-            self._probed(read.probed, end, now_us)
+        elif done and not read.abandoned and self._read_headers(read):
+            return
+        if _is_probe(end.read_id):
+            self._probed(read.peer_id, end, now_us)
             return
         ending = Ending.DONE if done else Ending.FAILED
         self.ended_counts[ending] += 1
-        self._on_event(ReadEnded(end.read_id, kind, ending, end.reason, headers))
+        self._on_event(ReadEnded(end.read_id, read.ends_as, ending, end.reason, headers))
+
+    def _read_headers(self, payload: _Read) -> bool:
+        """A payload has come: read its headers, under its id. False: nobody does."""
+        post, peer = payload.post, self._peers.get(payload.peer_id)
+        if peer is None or not len(post.header_offsets) or self._make_known(peer):
+            return False
+        headers = _headers(post.read_id, peer, post.header_offsets)
+        return not self._start(headers, peer, ends_as=ReadKind.PAYLOAD)
 
     def snapshot(self) -> dict[str, int | str]:
         """May be called by any thread; the numbers need not be of one moment."""
@@ -423,10 +436,22 @@ class LinkLoop:
         )
         for peer_id, peer in self._peers.items():
             if peer.probe is not None:
-                assert self._reads[peer.probe].probed == peer_id
+                assert self._reads[peer.probe].peer_id == peer_id
         for read_id, read in self._reads.items():
-            if read.probed is not None and not read.abandoned:
-                assert self._peers[read.probed].probe == read_id
+            if _is_probe(read_id) and not read.abandoned:
+                assert self._peers[read.peer_id].probe == read_id
+
+
+def _headers(read_id: ReadId, peer: _Peer, offsets: Offsets) -> PostRead:
+    info, sizes_bytes = peer.info, np.full(len(offsets), HEADER_BYTES, np.uint64)
+    return PostRead(
+        read_id, info.node_id, info.epoch, ReadKind.HEADERS, offsets, NO_OFFSETS, sizes_bytes
+    )
+
+
+def _is_probe(read_id: ReadId) -> bool:
+    """A read that only makes a connection."""
+    return read_id < 0
 
 
 def _outside(offsets: Offsets, sizes_bytes: Offsets, limit_bytes: int) -> bool:

@@ -31,7 +31,6 @@ from kvray.core.commands import (
     Log,
     NodeCommand,
     PostRead,
-    ReadKind,
     Restart,
     Send,
     TakeEpoch,
@@ -268,7 +267,7 @@ class Serving:
     def _on_read_ended(self, event: ReadEnded, now_ms: int) -> None:
         if event.ending is not Ending.DONE:
             logger.debug("a read ended as %s: %s", event.ending.value, event.reason)
-        if event.kind is ReadKind.HEADERS and event.ending is Ending.DONE:
+        if len(event.headers):
             self._do(self._core.on_headers(event.read_id, event.headers, now_ms))
         else:
             ok = event.ending is Ending.DONE

@@ -113,6 +113,25 @@ class ObservedReleases:
         self._agent.releaseXferReq(handle)
 
 
+class CountedTransfers:
+    """NIXL's agent, and how many transfers have been made with it."""
+
+    def __init__(self, agent: Any) -> None:
+        self._agent = agent
+        self._count = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._agent, name)
+
+    def makeXferReq(self, *arguments: Any) -> Any:  # noqa: N802 (NIXL's name)
+        self._count += 1
+        return self._agent.makeXferReq(*arguments)
+
+    def take(self) -> int:
+        count, self._count = self._count, 0
+        return count
+
+
 def test_no_handle_is_released_before_it_has_ended(
     make_link: Callable[[], NixlLink], owner: NixlOwner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +218,28 @@ def test_every_read_from_a_peer_that_dies_ends_once_and_truly(
     assert reader.link.in_flight == 0
     # at the latest when something new is asked of it
     assert next(read_id for read_id in itertools.count(200) if not can_read(reader, read_id, owner))
+
+
+def test_a_read_is_one_transfer_where_reads_end_within_their_post(
+    make_link: Callable[[], NixlLink], owner: NixlOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Method: count the transfers that NIXL is asked for. Over TCP each segment has its own, always.
+    link = make_link()
+    reader = Reader(link)
+    reader.connect(owner)
+    reader.post(9, owner, (0, 0, 64))  # makes the connection, which takes longer than its post
+    reader.wait(9)
+    counted = CountedTransfers(link._transfers)  # noqa: SLF001 (NIXL's, which is what is counted)
+    monkeypatch.setattr(link, "_transfers", counted)
+    pieces = [(8192 * i, 8192 * (63 - i), 4096) for i in range(64)]
+    counts = []
+    for read_id in (1, 2, 3):
+        reader.memory.bytes[:] = 0
+        reader.post(read_id, owner, *pieces)
+        reader.wait(read_id)
+        assert reader.holds(owner, *pieces)
+        counts.append(counted.take())
+    assert counts == ([64, 64, 64] if over_tcp() else [64, 1, 1])
 
 
 def test_the_death_of_one_peer_does_not_disturb_another(

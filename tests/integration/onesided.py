@@ -120,10 +120,9 @@ def _read_for(
         slots, wanted = _hints(hints, chosen)
         reads = [
             _headers(read_id, info, slots),  # too early: what rule 2 forbids
-            _payload(read_id + 1, info, offsets[slots], offsets[:BATCH]),
-            _headers(read_id + 2, info, slots),
+            _payload(read_id + 1, info, offsets[slots], offsets[:BATCH], slots),
         ]
-        read_id += 3
+        read_id += 2
         ends = [_done(node, read) for read in reads]
         if any(end.ending is not Ending.DONE for end in ends):
             counts.failed += [end.reason for end in ends if end.reason]
@@ -131,7 +130,7 @@ def _read_for(
         for index, (slot, generation) in enumerate(zip(slots, wanted, strict=True)):
             payload = slab.payloads[index]
             wrong = not bool((payload == generation).all())
-            early, late = (_proves(end.headers[index], slot, generation) for end in ends[::2])
+            early, late = (_proves(end.headers[index], slot, generation) for end in ends)
             counts.accepted += late
             counts.stale += not late
             counts.wrong += wrong
@@ -170,15 +169,29 @@ def _proves(header: Any, slot: int, generation: int) -> bool:
     )
 
 
-def _payload(read_id: int, info: NodeInfo, remote: Words, local: Words) -> PostRead:
+def _payload(
+    read_id: int, info: NodeInfo, remote: Words, local: Words, slots: Sequence[int]
+) -> PostRead:
+    """Comes with its headers, as they are when it has come."""
     sizes = np.full(BATCH, SLOT_BYTES, np.uint64)
     return PostRead(
-        ReadId(read_id), info.node_id, info.epoch, ReadKind.PAYLOAD, remote, local, sizes
+        ReadId(read_id),
+        info.node_id,
+        info.epoch,
+        ReadKind.PAYLOAD,
+        remote,
+        local,
+        sizes,
+        _header_offsets(slots),
     )
 
 
+def _header_offsets(slots: Sequence[int]) -> Words:
+    return np.array([GEOMETRY.header_offset(SlotIndex(slot)) for slot in slots], np.uint64)
+
+
 def _headers(read_id: int, info: NodeInfo, slots: Sequence[int]) -> PostRead:
-    offsets = np.array([GEOMETRY.header_offset(SlotIndex(slot)) for slot in slots], np.uint64)
+    offsets = _header_offsets(slots)
     sizes = np.full(BATCH, HEADER_BYTES, np.uint64)
     return PostRead(
         ReadId(read_id), info.node_id, info.epoch, ReadKind.HEADERS, offsets, NO_OFFSETS, sizes

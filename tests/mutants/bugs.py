@@ -43,6 +43,23 @@ BUGS: tuple[Mutant, ...] = (
         simulated(20),
     ),
     Mutant(
+        "what an abandoned payload had is lost when its headers come with it",
+        "kvray.core.fetch",
+        (
+            (
+                (
+                    "extend(freed)\n            return self._take()\n"
+                    "        read = self._reads.end(read_id, came=True"
+                ),
+                (
+                    "extend(())\n            return self._take()\n"
+                    "        read = self._reads.end(read_id, came=True"
+                ),
+            ),
+        ),
+        tested("tests/unit/test_fetch.py"),
+    ),
+    Mutant(
         "any generation is proof",
         "kvray.core.reads",
         (("        and generation == fetch.source.generation\n", ""),),

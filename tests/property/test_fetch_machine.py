@@ -141,9 +141,10 @@ class FetchMachine(RuleBasedStateMachine):
         self.world.end_read(data.draw(st.sampled_from(sorted(self.world.reads))))
 
     @precondition(lambda self: self.world.reads)
-    @rule(data=st.data(), ok=st.booleans())
-    def read_ends(self, data: st.DataObject, ok: bool) -> None:  # noqa: FBT001
-        self.world.end_read(data.draw(st.sampled_from(sorted(self.world.reads))), ok=ok)
+    @rule(data=st.data(), ok=st.booleans(), with_headers=st.booleans())
+    def read_ends(self, data: st.DataObject, ok: bool, with_headers: bool) -> None:  # noqa: FBT001
+        read_id = data.draw(st.sampled_from(sorted(self.world.reads)))
+        self.world.end_read(read_id, ok=ok, with_headers=with_headers)
 
     @rule(name=names, does=st.sampled_from(["restart", "leave", "stay"]))
     def roster_changes(self, name: str, does: str) -> None:

@@ -6,14 +6,14 @@
        └──▶ stands still while there is a partition or the peer is frozen
 
 The pieces of a payload come in any order, and the bytes are those of the moment. Headers are read
-a few at a time.
+a few at a time; now and then right after their payload, in the same read.
 """
 
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvray.core.commands import NodeCommand, PostRead, ReadKind
+from kvray.core.commands import NodeCommand, Offsets, PostRead, ReadKind
 from kvray.core.ids import SlotState
 from kvray.core.layout import HEADER_BYTES
 from tests.sim.slabs import PIECES, Writing
@@ -39,11 +39,13 @@ class Transfer:
         self._writings: list[Writing] = []
         self._steps: list[tuple[int, int]] = []  # (block, piece) or (header, 0)
         self._rows = np.empty(0)
-        if post.kind is ReadKind.PAYLOAD:
+        self._is_payload = post.kind is ReadKind.PAYLOAD  # what is landing now
+        if self._is_payload:
             self._begin_payload()
         else:
-            self._begin_headers()
+            self._begin_headers(post.remote_offsets)
         random = world.random
+        self._has_headers = self._is_payload and random.randrange(2) == 0
         self._fails_at = len(self._steps) + 1
         self._step_us = random.randrange(20, 400)
         if world.hits("read_failed", reader.name, post.kind.value):
@@ -71,12 +73,12 @@ class Transfer:
         if random.randrange(2):
             random.shuffle(self._steps)
 
-    def _begin_headers(self) -> None:
+    def _begin_headers(self, offsets: Offsets) -> None:
         peer = self._peer
-        self._steps = [(n, 0) for n in range(len(self._post.remote_offsets))]
+        self._steps = [(n, 0) for n in range(len(offsets))]
         if peer is not None:
             table = peer.slab.geometry.slot_table_offset
-            self._slots = ((self._post.remote_offsets - np.uint64(table)) // HEADER_BYTES).tolist()
+            self._slots = ((offsets - np.uint64(table)) // HEADER_BYTES).tolist()
             self._rows = np.zeros(len(self._steps), peer.slab.headers.dtype)
 
     def _step(self) -> None:
@@ -104,15 +106,24 @@ class Transfer:
             world.schedule.after(world.random.randrange(10, 300), self._finish)
 
     def _finish(self) -> None:
-        if not self._reader.ended:
+        if self._reader.ended:
+            return
+        if not self._has_headers or self.abandoned:
             self._end(ok=True)
+            return
+        self._has_headers = self._is_payload = False
+        self._begin_headers(self._post.header_offsets)
+        self._fails_at = len(self._steps) + 1
+        if self._world.hits("read_failed", self._reader.name, "headers"):
+            self._fails_at = self._world.random.randrange(len(self._steps) + 1)
+        self._world.schedule.after(self._step_us, self._step)
 
     def _land(self, block: int, piece: int) -> None:
         assert self._peer is not None
         if self.abandoned:
             self._world.count("late_landing")
         source = self._peer.watched_slab
-        if self._post.kind is ReadKind.HEADERS:
+        if not self._is_payload:
             self._rows[block] = source.headers[self._slots[block]]
             return
         writing = self._writings[block]
@@ -129,7 +140,7 @@ class Transfer:
         def ended(now_ms: int) -> list[NodeCommand]:
             reader.reads.pop(post.read_id)
             reader.abandoned.discard(post.read_id)
-            if ok and post.kind is ReadKind.HEADERS:
+            if ok and not self._is_payload:
                 return reader.core.on_headers(post.read_id, rows, now_ms)
             return reader.core.on_read_done(post.read_id, ok=ok, now_ms=now_ms)
 

@@ -246,6 +246,37 @@ def test_a_late_read_is_abandoned_and_its_slots_stay_in_quarantine_until_it_has_
     assert world.states() == [Target.FREE, Target.READY]
 
 
+def test_headers_that_come_with_their_payload_prove_it_without_another_read() -> None:
+    world = FetchWorld.with_peers("peer", "other")
+    hints = [world.fill("peer", 7, A), world.fill("other", 8, A)]
+    world.want(ME, [A])
+    world.locate(hints)
+    world.end_read(with_headers=True)
+    assert world.arrived == [(ME, A)]
+    assert not world.reads
+
+    world.want(ME, [B])
+    hints = [world.fill("peer", 9, B), world.fill("other", 9, B)]
+    world.fill("peer", 9, C, generation=2)  # another block has taken its slot
+    world.locate(hints)
+    world.end_read(with_headers=True)
+    (again,) = world.posted(ReadKind.PAYLOAD)
+    assert again.node_id == "other"
+    world.end_read(with_headers=True)
+    assert world.arrived == [(ME, A), (ME, B)]
+
+
+def test_headers_of_an_abandoned_payload_free_its_slots_and_prove_nothing() -> None:
+    world = FetchWorld.with_peers("peer")
+    world.want(ME, [A], within_ms=5_000)
+    world.locate([world.fill("peer", 7, A)])
+    world.tick(FetchLimits().payload_deadline_ms)
+    assert world.states() == [Target.QUARANTINE]
+    world.end_read(with_headers=True)
+    assert world.states() == [Target.FREE]
+    assert world.missed == [(ME, A, MissReason.PEER_FAILED)]
+
+
 def test_late_headers_keep_no_slot_since_the_payload_has_ended() -> None:
     world = FetchWorld.with_peers("peer")
     world.want(ME, [A], within_ms=5_000)

@@ -5,6 +5,7 @@ LinkLoop has no clock, so time is a number here; LinkThread is tested for what a
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ from kvray.core.commands import (
     AbandonRead,
     ConnectPeer,
     DisconnectPeer,
+    Offsets,
     PostRead,
     ReadKind,
 )
@@ -154,8 +156,16 @@ def payload(read_id: int, peer: Peer, *pieces: tuple[int, int, int]) -> PostRead
     )
 
 
+def header_offsets(*slots: int) -> Offsets:
+    return np.array([GEOMETRY.header_offset(SlotIndex(slot)) for slot in slots], np.uint64)
+
+
+def with_headers(post: PostRead, *slots: int) -> PostRead:
+    return replace(post, header_offsets=header_offsets(*slots))
+
+
 def headers(read_id: int, peer: Peer, *slots: int) -> PostRead:
-    remote = np.array([GEOMETRY.header_offset(SlotIndex(slot)) for slot in slots], np.uint64)
+    remote = header_offsets(*slots)
     return PostRead(
         ReadId(read_id),
         peer.info.node_id,
@@ -190,6 +200,82 @@ def test_a_header_read_comes_with_its_rows_in_the_order_asked_for() -> None:
     ended = node.take_end()
     assert ended.headers["generation"].tolist() == slots
     assert ended.headers.dtype == SLOT_HEADER_DTYPE
+
+
+def test_a_payload_read_comes_with_its_headers_as_they_are_when_it_has_come() -> None:
+    node = Node()
+    peer = node.with_peer()
+    node.fates[1] = Fate(polls=2)
+    node.do(with_headers(payload(1, peer, (8192, 65536, 4096), (40960, 4096, 100)), 3, 7))
+    node.poll()
+    assert not node.take(ReadEnded), "the payload is on its way"
+    peer.headers["generation"][7] = 99  # what the slots hold has changed meanwhile
+    node.fates[1] = Fate(polls=3)  # of the headers
+    node.poll()
+    assert np.array_equal(node.slab.bytes[65536:69632], peer.slab.bytes[8192:12288])
+    assert not node.take(ReadEnded), "the headers are on their way"
+    node.poll(2)
+    ended = node.take_end()
+    assert (ended.read_id, ended.kind, ended.ending) == (1, ReadKind.PAYLOAD, Ending.DONE)
+    assert ended.headers["generation"].tolist() == [3, 99]
+    assert node.scratch.free_count == node.scratch.page_count
+
+
+def test_a_payload_whose_headers_can_not_be_read_along_comes_without_them() -> None:
+    node = Node(scratch_pages=1)
+    peer = node.with_peer()
+    too_many = range(ROWS_PER_PAGE + 1)
+    node.do(with_headers(payload(1, peer, (8192, 65536, 4096)), *too_many))
+    node.poll()
+    ended = node.take_end()
+    assert (ended.kind, ended.ending, len(ended.headers)) == (ReadKind.PAYLOAD, Ending.DONE, 0)
+
+    node.fates[2] = Fate(polls=2)
+    node.do(with_headers(payload(2, peer, (8192, 65536, 4096)), 5))
+    node.do(DisconnectPeer(peer.info.node_id, peer.info.epoch))
+    node.poll(2)
+    ended = node.take_end()
+    assert (ended.kind, ended.ending, len(ended.headers)) == (ReadKind.PAYLOAD, Ending.DONE, 0)
+
+
+def test_a_payload_read_fails_with_its_headers_and_reads_none_for_nobody() -> None:
+    node = Node()
+    peer = node.with_peer()
+    node.fates[1] = Fate(polls=2)
+    node.do(with_headers(payload(1, peer, (8192, 65536, 4096)), 5))
+    node.poll()
+    node.fates[1] = Fate(outcome=ReadOutcome.FAILED)
+    node.poll()
+    ended = node.take_end()
+    assert (ended.kind, ended.ending, len(ended.headers)) == (ReadKind.PAYLOAD, Ending.FAILED, 0)
+    assert node.scratch.free_count == node.scratch.page_count
+
+    node.fates[2] = Fate(polls=2)
+    node.do(with_headers(payload(2, peer, (8192, 65536, 4096)), 5))
+    node.do(AbandonRead(ReadId(2)))
+    node.fates[2] = Fate(refusal="nobody waits for these headers")
+    node.poll(2)
+    ended = node.take_end()
+    assert (ended.kind, ended.ending, len(ended.headers)) == (ReadKind.PAYLOAD, Ending.DONE, 0)
+
+
+def test_headers_of_a_read_that_was_abandoned_after_its_payload_hold_its_end_back() -> None:
+    node = Node()
+    peer = node.with_peer()
+    silent = threading.Event()
+    node.fates[1] = Fate(polls=2)
+    node.do(with_headers(payload(1, peer, (8192, 65536, 4096)), 5))
+    node.poll()
+    node.fates[1] = Fate(held_by=silent)
+    node.poll()
+    node.do(AbandonRead(ReadId(1)))
+    node.poll(3)
+    assert not node.take(ReadEnded)
+    assert node.scratch.free_count == node.scratch.page_count - 1
+    silent.set()
+    node.poll()
+    assert node.take_end().ending is Ending.DONE
+    assert node.scratch.free_count == node.scratch.page_count
 
 
 def test_header_rows_are_copies_that_later_reads_do_not_change() -> None:
