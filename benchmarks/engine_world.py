@@ -104,8 +104,20 @@ class Instance:
 
     def ask(self, prompt: Sequence[int], *, max_tokens: int = 1) -> Answer:
         """Once nobody computes any more: see wait_quiet."""
+        return self.ask_timed(prompt, max_tokens=max_tokens)[0]
+
+    def ask_timed(
+        self, prompt: Sequence[int], *, max_tokens: int, with_stores: bool = False
+    ) -> tuple[Answer, float]:
+        """The answer, and the ms from the question to the last token, or until the last chunk has
+        been stored. The wait for quiet is not in it.
+        """
         self.wait_quiet()
-        return self.engine.generate(prompt, max_tokens=max_tokens)
+        begun_s = time.perf_counter()
+        answer = self.engine.generate(prompt, max_tokens=max_tokens)
+        if with_stores:
+            self.finish_stores()
+        return answer, (time.perf_counter() - begun_s) * 1_000
 
     def wait_quiet(self) -> None:
         """Until no other engine of the world uses a core. The OpenMP threads of an engine spin for
@@ -283,13 +295,6 @@ def _end(instances: Mapping[tuple[Mode, int], Instance]) -> None:
         instance.engine.close()
 
 
-def timed(action: Callable[[], Answer]) -> tuple[Answer, float]:
-    """An answer and the ms it took, from the question to the last token."""
-    begun_s = time.perf_counter()
-    answer = action()
-    return answer, (time.perf_counter() - begun_s) * 1_000
-
-
 __all__ = [
     "CHUNK_TOKENS",
     "MODELS",
@@ -300,5 +305,4 @@ __all__ = [
     "full_chunks",
     "prompt_of",
     "running_world",
-    "timed",
 ]

@@ -40,7 +40,6 @@ from benchmarks.engine_world import (
     full_chunks,
     prompt_of,
     running_world,
-    timed,
 )
 from benchmarks.measure import finish, spread
 
@@ -88,7 +87,7 @@ class Round:
 
     def ask(self, instance: Instance, task: Task, document: int) -> None:
         prompt = task.query(document, len(self.ttft_ms))
-        answer, ms = timed(lambda: instance.ask(prompt, max_tokens=task.output_tokens))
+        answer, ms = instance.ask_timed(prompt, max_tokens=task.output_tokens)
         self.ttft_ms.append(answer.ttft_ms)
         self.query_ms.append(ms)
         self.whole_hits += answer.cached_tokens >= full_chunks(task.document_tokens)

@@ -29,7 +29,6 @@ from benchmarks.engine_world import (
     full_chunks,
     prompt_of,
     running_world,
-    timed,
 )
 from benchmarks.measure import finish, spread
 from tests.engines import Answer
@@ -44,13 +43,7 @@ console = Console(stderr=True)
 
 def ask(instance: Instance, prompt: list[int]) -> tuple[Answer, float]:
     """The answer, and the ms until all is done, stores included."""
-
-    def whole() -> Answer:
-        answer = instance.ask(prompt, max_tokens=ANSWER_TOKENS)
-        instance.finish_stores()
-        return answer
-
-    answer, ms = timed(whole)
+    answer, ms = instance.ask_timed(prompt, max_tokens=ANSWER_TOKENS, with_stores=True)
     assert answer.cached_tokens == 0, "this prompt is not fresh"
     return answer, ms
 
