@@ -38,8 +38,8 @@ class NodeStore:
         log_to_stderr()
         run_at_normal_priority()
         take_short_turns()
-        # Not before: Ray has started this process at the lowest priority but four, beside engines
-        # that compute and wait for it, and to import all this takes 0.2 s of a core.
+        # Not before: Ray has started this process at niceness 15, beside engines that compute and
+        # wait for it, and to import all this takes 0.2 s of a core.
         from kvray.node.loop import NodeLoop
 
         self._name = f"NodeStore(node={node_id[:8]})"
