@@ -87,13 +87,15 @@ class Directory:
         if isinstance(message, NodeHello):
             self._heard_ms[message.info.node_id] = now_ms
             reply = core.on_hello(message, now_ms)
-            self._told(message.info.node_id, reply.heartbeat_period_ms)
+            if reply.accepted_epoch == message.info.epoch:
+                self._told(message.info.node_id, reply.heartbeat_period_ms)
             self._follow(core)
             core.check_roster()
         elif isinstance(message, Announce):
             self._heard_ms[message.node_id] = now_ms
             reply = core.on_announce(message, now_ms)
-            self._told(message.node_id, reply.heartbeat_period_ms)
+            if reply.status in (AnnounceStatus.OK, AnnounceStatus.RESYNC):
+                self._told(message.node_id, reply.heartbeat_period_ms)
             self._follow(core)
             if message.epoch <= self._dead.get(message.node_id, 0):
                 assert reply.status is AnnounceStatus.BURIED, "a buried node is believed"
@@ -108,6 +110,7 @@ class Directory:
         return reply
 
     def _told(self, node_id: NodeId, period_ms: int) -> None:
+        """A member has been told it. Others are told, too, but nobody waits for their heartbeat."""
         self._told_ms[node_id] = (self._told_ms.get(node_id, (0, 0))[1], period_ms)
 
     def _hinted(
