@@ -48,6 +48,7 @@ from kvray.core.ids import (
 )
 from kvray.core.layout import HEADER_BYTES, SLOT_HEADER_DTYPE, Geometry
 from kvray.core.messages import NodeInfo
+from kvray.link.nixl_package import load_nixl
 from kvray.node.pace import QUICKEST_US
 from kvray.node.peers import Ending, LinkEvent, ReadEnded
 from kvray.node.serving import WAKE_PERIOD_MS
@@ -256,12 +257,11 @@ class Raw:
     """NIXL without kvray: an agent on the same memory, connected to the same owner."""
 
     def __init__(self, slab: Slab, peer: NodeInfo) -> None:
-        from nixl._api import nixl_agent, nixl_agent_config
-
+        nixl = load_nixl()
         self._slab = slab
         self._peer = peer
-        config = nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
-        self._agent: Any = nixl_agent(f"raw-{os.getpid()}", config)
+        config = nixl.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+        self._agent: Any = nixl.nixl_agent(f"raw-{os.getpid()}", config)
         region = [(slab.address, slab.geometry.slab_bytes, 0, "")]
         self._region = self._agent.register_memory(region, "DRAM")
         self._agent.add_remote_agent(peer.link_metadata)

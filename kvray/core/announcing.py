@@ -32,6 +32,7 @@ from kvray.core.messages import (
     NodeHelloReply,
     NodeInfo,
 )
+from kvray.core.roster import QUIET_AFTER_MS
 from kvray.core.slots import Block
 from kvray.core.store import StoreCore
 
@@ -47,9 +48,10 @@ class AnnouncingLimits:
     max_entries: int = 2_048
     # From a change to its announce: a prefill commits its blocks within a few ms, in one call then.
     debounce_ms: int = 5
-    # Until the directory has said how often; and at most so long after an engine has asked for
-    # something: the directory may think that nobody uses the cache, and have said a longer one.
+    # Until the directory has said how often; and after the first use in quiet_after_ms or more:
+    # by then the directory may think that nobody uses the cache, and have said a longer one.
     first_period_ms: int = 300
+    quiet_after_ms: int = QUIET_AFTER_MS
     # A call is made again after so long, or after one and a half periods: the directory buries
     # after five periods of silence, at least 1,500 ms.
     call_timeout_ms: int = 400
@@ -109,6 +111,7 @@ class Announcing:
         self._greet_after_ms = 0
         self._next_ms = now_ms  # when to say something new: the heartbeat, or what has changed
         self._in_use = False  # since the last announce
+        self._used_ms = now_ms  # the directory takes our hello for a use
         self._heard_ms = now_ms
         self._was_heard = False
         self.counters = dict.fromkeys(
@@ -145,8 +148,10 @@ class Announcing:
     def note_use(self, now_ms: int) -> None:
         """An engine has asked for something."""
         if self.state is AnnouncingState.JOINED:
+            if now_ms - self._used_ms >= self._limits.quiet_after_ms:
+                self._next_ms = min(self._next_ms, now_ms + self._limits.first_period_ms)
             self._in_use = True
-            self._next_ms = min(self._next_ms, now_ms + self._limits.first_period_ms)
+            self._used_ms = now_ms
 
     def on_tick(self, now_ms: int) -> list[AnnouncingCommand]:
         """Say what is due."""

@@ -36,7 +36,7 @@ from kvray.core.messages import (
     NodeInfo,
 )
 from kvray.core.mirror import Mirror, MirrorCounts, MirrorState
-from kvray.core.roster import QUIET_AFTER_MS, Member, NodeState, Roster, heartbeat_period_ms
+from kvray.core.roster import QUIET_AFTER_MS, Member, NodeState, Roster
 from kvray.core.uses import Uses, homes
 
 __all__ = [
@@ -45,7 +45,6 @@ __all__ = [
     "Location",
     "NodeEvent",
     "NodeState",
-    "heartbeat_period_ms",
 ]
 
 TICK_MS = 200  # how often to call on_tick: a fifth of the time after which a node is a suspect

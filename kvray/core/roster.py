@@ -32,8 +32,8 @@ from kvray.core.messages import MAX_EPOCH, MAX_PERIOD_MS, NodeInfo
 # to 1.5 s.
 SMALL_CLUSTER_NODES, SMALL_CLUSTER_PERIOD_MS = 10, 300
 LARGE_CLUSTER_NODES, LARGE_CLUSTER_PERIOD_MS = 1_000, 2_000
-# Ray's part of an idle actor is 0.5 to 0.8 % of a core, and a directory of two quiet nodes may use
-# 1.5 in all (test_a_quiet_cluster_costs_almost_nothing). A loss is noticed in 3 to 5 s then.
+# A directory of two quiet nodes may use 1.5 % of a core, Ray's own part of an idle actor included
+# (test_a_quiet_cluster_costs_almost_nothing). A loss is noticed in 3 to 5 s then.
 QUIET_PERIOD_MS = 1_000
 QUIET_AFTER_MS = 5_000  # without any use: a pause between two requests is no end of the work
 SUSPECT_PERIODS, SUSPECT_MS = 3, 1_000  # whichever is longer: two heartbeats may be lost

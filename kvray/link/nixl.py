@@ -10,8 +10,8 @@ of the hardware; what is assumed of it is marked "RDMA:".
   transports have mostly ended by then and send none.
 - One transfer a segment. NIXL keeps only the last UCX request of a transfer with many segments and
   frees the others while they are in progress, so an error of such a transfer says nothing about
-  who still writes where. Of a transfer with one segment it does. That costs 4 us a segment, a
-  quarter of the time for slots of 64 KiB; segments that touch are one (Segments.coalesced).
+  who still writes where. Of a transfer with one segment it does. That costs some microseconds a
+  segment, which shows in small slots; segments that touch are one (Segments.coalesced).
 - Over cma nothing is ever in progress: the bytes are copied within the call that posts. So a peer
   whose segments have all ended like that, and many of them (AT_ONCE_SEGMENTS), gets a read as one
   transfer; one segment that has not, or a failure, and it is one transfer a segment again. Should
@@ -113,6 +113,11 @@ class _Peer:
     hinted_ns: int = 0
     ended_at_once: int = 0  # segments in a row that had ended when their post returned
 
+    @property
+    def ends_at_once(self) -> bool:
+        """As over cma."""
+        return self.ended_at_once >= AT_ONCE_SEGMENTS
+
 
 @dataclass(slots=True, eq=False)
 class _Read:
@@ -207,7 +212,7 @@ class NixlLink:
         ):
             posted = 0
             while posted < len(runs) and not read.failure:
-                count = len(runs) - posted if self.ends_at_once(peer_name) else 1
+                count = len(runs) - posted if peer.ends_at_once else 1
                 self._post(read, local, remote, list(range(posted, posted + count)))
                 posted += count
         if read.failure and not read.handles and not read.failed_handles:
@@ -236,11 +241,6 @@ class NixlLink:
         read = self._reads.get(read_id)
         if read is not None:
             read.abandoned = True
-
-    def ends_at_once(self, peer_name: str) -> bool:
-        """Whether reads from this peer have been seen to end within their post, as over cma."""
-        peer = self._peers.get(peer_name)
-        return peer is not None and peer.ended_at_once >= AT_ONCE_SEGMENTS
 
     def close(self) -> None:
         if self._reads:

@@ -133,13 +133,12 @@ class _Rows:
 
 @dataclass(slots=True, eq=False)
 class _Read:
-    """rows: of headers; None if it is payload. ends_as: headers that follow a payload of themselves
-    are a part of its read.
+    """post: as it was asked for. rows: of the headers that are on their way, by then also of a
+    PAYLOAD; None while it is the payload that is.
     """
 
     link: Link
     post: PostRead
-    ends_as: ReadKind
     rows: _Rows | None
     abandoned: bool = False
 
@@ -323,8 +322,8 @@ class LinkLoop:
             self.ended_counts[Ending.REFUSED] += 1
             self._on_event(ReadEnded(command.read_id, command.kind, Ending.REFUSED, reason))
 
-    def _start(self, post: PostRead, peer: _Peer, *, ends_as: ReadKind | None = None) -> str:
-        """Why it can not be started; empty if it has been. ends_as: if not as its own kind."""
+    def _start(self, post: PostRead, peer: _Peer, *, part_of: PostRead | None = None) -> str:
+        """Why it can not be started; empty if it has been. part_of: whose headers these are."""
         link = self._link
         assert link is not None
         assert post.read_id not in self._reads
@@ -359,7 +358,7 @@ class LinkLoop:
             return str(exc)
         if rows is None:
             self.read_bytes += int(sizes_bytes.sum())
-        self._reads[post.read_id] = _Read(link, post, ends_as or post.kind, rows)
+        self._reads[post.read_id] = _Read(link, part_of or post, rows)
         self._awaited += 1
         return ""
 
@@ -397,7 +396,7 @@ class LinkLoop:
             return
         ending = Ending.DONE if done else Ending.FAILED
         self.ended_counts[ending] += 1
-        self._on_event(ReadEnded(end.read_id, read.ends_as, ending, end.reason, headers))
+        self._on_event(ReadEnded(end.read_id, read.post.kind, ending, end.reason, headers))
 
     def _read_headers(self, payload: _Read) -> bool:
         """A payload has come: read its headers, under its id. False: nobody does."""
@@ -405,7 +404,7 @@ class LinkLoop:
         if peer is None or not len(post.header_offsets) or self._make_known(peer):
             return False
         headers = _headers(post.read_id, peer, post.header_offsets)
-        return not self._start(headers, peer, ends_as=ReadKind.PAYLOAD)
+        return not self._start(headers, peer, part_of=post)
 
     def snapshot(self) -> dict[str, int | str]:
         """May be called by any thread; the numbers need not be of one moment."""

@@ -19,7 +19,7 @@ import pytest
 from kvray.core.ids import ReadId
 from kvray.errors import LinkError
 from kvray.link.base import Link, ReadOutcome, Segments
-from kvray.link.nixl import NixlLink
+from kvray.link.nixl import AT_ONCE_SEGMENTS, SETTLE_NS, SETTLE_POLLS, NixlLink, nixl
 from tests.contract.link_contract import END_LIMIT_S, KILL_LIMIT_S, LinkContract, Memory, Reader
 from tests.contract.nixl_owner import NixlOwner
 from tests.processes import ProcessGroup
@@ -98,38 +98,53 @@ class TestNixlLink(LinkContract):
 # -- handles ------------------------------------------------------------------------------------
 
 
-class ObservedReleases:
-    """NIXL's agent, and the state of each transfer when it was released."""
+class Watched:
+    """NIXL's agent, with somebody who looks on."""
 
     def __init__(self, agent: Any) -> None:
-        self._agent = agent
+        self.agent = agent
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.agent, name)
+
+
+class ObservedReleases(Watched):
+    """The state of each transfer when it was released."""
+
+    def __init__(self, agent: Any) -> None:
+        super().__init__(agent)
         self.states: list[str] = []
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._agent, name)
-
     def releaseXferReq(self, handle: int) -> None:  # noqa: N802 (NIXL's name)
-        self.states.append(self._agent.getXferStatus(handle).name)
-        self._agent.releaseXferReq(handle)
+        self.states.append(self.agent.getXferStatus(handle).name)
+        self.agent.releaseXferReq(handle)
 
 
-class CountedTransfers:
-    """NIXL's agent, and how many transfers have been made with it."""
+class CountedTransfers(Watched):
+    """How many transfers have been made."""
 
     def __init__(self, agent: Any) -> None:
-        self._agent = agent
+        super().__init__(agent)
         self._count = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._agent, name)
 
     def makeXferReq(self, *arguments: Any) -> Any:  # noqa: N802 (NIXL's name)
         self._count += 1
-        return self._agent.makeXferReq(*arguments)
+        return self.agent.makeXferReq(*arguments)
 
     def take(self) -> int:
         count, self._count = self._count, 0
         return count
+
+
+class FailingLate(Watched):
+    """Each transfer is in progress after its post, and fails when it is looked at."""
+
+    def postXferReq(self, *arguments: Any) -> Any:  # noqa: N802 (NIXL's name)
+        self.agent.postXferReq(*arguments)
+        return nixl._bindings.NIXL_IN_PROG  # noqa: SLF001 (the package offers no other way)
+
+    def getXferStatus(self, _handle: int) -> Any:  # noqa: N802 (NIXL's name)
+        raise RuntimeError("the endpoint has failed")
 
 
 def test_no_handle_is_released_before_it_has_ended(
@@ -220,26 +235,69 @@ def test_every_read_from_a_peer_that_dies_ends_once_and_truly(
     assert next(read_id for read_id in itertools.count(200) if not can_read(reader, read_id, owner))
 
 
+SCATTERED = [(8192 * i, 8192 * (63 - i), 4096) for i in range(AT_ONCE_SEGMENTS)]
+
+
+def connected(link: NixlLink, owner: NixlOwner) -> Reader:
+    """After so many reads that the connection is made for good, and known for what it is."""
+    reader = Reader(link)
+    reader.connect(owner)
+    for read_id in range(100, 110):
+        reader.post(read_id, owner, *SCATTERED)
+        reader.wait(read_id)
+    return reader
+
+
 def test_a_read_is_one_transfer_where_reads_end_within_their_post(
     make_link: Callable[[], NixlLink], owner: NixlOwner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Method: count the transfers that NIXL is asked for. Over TCP each segment has its own, always.
     link = make_link()
-    reader = Reader(link)
-    reader.connect(owner)
-    reader.post(9, owner, (0, 0, 64))  # makes the connection, which takes longer than its post
-    reader.wait(9)
+    reader = connected(link, owner)
     counted = CountedTransfers(link._transfers)  # noqa: SLF001 (NIXL's, which is what is counted)
     monkeypatch.setattr(link, "_transfers", counted)
-    pieces = [(8192 * i, 8192 * (63 - i), 4096) for i in range(64)]
     counts = []
     for read_id in (1, 2, 3):
         reader.memory.bytes[:] = 0
-        reader.post(read_id, owner, *pieces)
+        reader.post(read_id, owner, *SCATTERED)
         reader.wait(read_id)
-        assert reader.holds(owner, *pieces)
+        assert reader.holds(owner, *SCATTERED)
         counts.append(counted.take())
-    assert counts == ([64, 64, 64] if over_tcp() else [64, 1, 1])
+    assert counts == 3 * [len(SCATTERED) if over_tcp() else 1]
+
+
+@once
+def test_a_read_in_one_transfer_from_a_peer_that_has_died_ends_once(
+    make_link: Callable[[], NixlLink], start_owner: Callable[[], NixlOwner]
+) -> None:
+    mortal = start_owner()
+    reader = connected(make_link(), mortal)
+    mortal.kill()
+    reader.post(2, mortal, *SCATTERED)
+    (end,) = reader.wait(2, limit_s=KILL_LIMIT_S)
+    assert end.outcome is ReadOutcome.FAILED
+    assert reader.link.in_flight == 0
+
+
+@once
+def test_one_transfer_that_fails_after_its_post_is_never_said_to_have_ended(
+    make_link: Callable[[], NixlLink], owner: NixlOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows which of its segments are still being written (rule 3)."""
+    link = make_link()
+    reader = connected(link, owner)
+    with monkeypatch.context() as patched:
+        patched.setattr(link, "_transfers", FailingLate(link._transfers))  # noqa: SLF001 (NIXL's)
+        reader.post(2, owner, *SCATTERED)
+        reader.poll()
+    end_s = time.monotonic() + 3 * SETTLE_NS / 1e9
+    while time.monotonic() < end_s:
+        for _ in range(SETTLE_POLLS):
+            reader.poll()
+    assert ReadId(2) not in reader.ends
+    assert link.in_flight == 1
+    with pytest.raises(LinkError, match="not ended"):
+        reader.post(3, owner, (0, 0, 64))
 
 
 def test_the_death_of_one_peer_does_not_disturb_another(

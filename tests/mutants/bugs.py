@@ -351,6 +351,12 @@ BUGS: tuple[Mutant, ...] = (
         tested("tests/unit/test_announcing.py"),
     ),
     Mutant(
+        "each question of an engine hurries the heartbeat",
+        "kvray.core.announcing",
+        (("if now_ms - self._used_ms >= self._limits.quiet_after_ms:", "if True:"),),
+        tested("tests/unit/test_announcing.py"),
+    ),
+    Mutant(
         "a node has no more time than its last heartbeat period",
         "kvray.core.roster",
         (

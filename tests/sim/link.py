@@ -39,13 +39,13 @@ class Transfer:
         self._writings: list[Writing] = []
         self._steps: list[tuple[int, int]] = []  # (block, piece) or (header, 0)
         self._rows = np.empty(0)
-        self._is_payload = post.kind is ReadKind.PAYLOAD  # what is landing now
-        if self._is_payload:
+        self._landing = post.kind
+        if self._landing is ReadKind.PAYLOAD:
             self._begin_payload()
         else:
             self._begin_headers(post.remote_offsets)
         random = world.random
-        self._has_headers = self._is_payload and random.randrange(2) == 0
+        self._brings_headers = random.randrange(2) == 0  # of a payload
         self._fails_at = len(self._steps) + 1
         self._step_us = random.randrange(20, 400)
         if world.hits("read_failed", reader.name, post.kind.value):
@@ -108,10 +108,10 @@ class Transfer:
     def _finish(self) -> None:
         if self._reader.ended:
             return
-        if not self._has_headers or self.abandoned:
+        if self._landing is ReadKind.HEADERS or not self._brings_headers or self.abandoned:
             self._end(ok=True)
             return
-        self._has_headers = self._is_payload = False
+        self._landing = ReadKind.HEADERS
         self._begin_headers(self._post.header_offsets)
         self._fails_at = len(self._steps) + 1
         if self._world.hits("read_failed", self._reader.name, "headers"):
@@ -123,7 +123,7 @@ class Transfer:
         if self.abandoned:
             self._world.count("late_landing")
         source = self._peer.watched_slab
-        if not self._is_payload:
+        if self._landing is ReadKind.HEADERS:
             self._rows[block] = source.headers[self._slots[block]]
             return
         writing = self._writings[block]
@@ -140,7 +140,7 @@ class Transfer:
         def ended(now_ms: int) -> list[NodeCommand]:
             reader.reads.pop(post.read_id)
             reader.abandoned.discard(post.read_id)
-            if ok and not self._is_payload:
+            if ok and self._landing is ReadKind.HEADERS:
                 return reader.core.on_headers(post.read_id, rows, now_ms)
             return reader.core.on_read_done(post.read_id, ok=ok, now_ms=now_ms)
 

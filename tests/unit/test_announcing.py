@@ -1,7 +1,15 @@
 """What a node and the directory say to each other, when calls and answers go astray."""
 
-from kvray.core.messages import Announce
-from kvray.core.roster import QUIET_AFTER_MS, QUIET_PERIOD_MS
+import msgspec
+
+from kvray.core.ids import NodeId
+from kvray.core.messages import Announce, NodeHello
+from kvray.core.roster import (
+    LARGE_CLUSTER_NODES,
+    LARGE_CLUSTER_PERIOD_MS,
+    QUIET_AFTER_MS,
+    QUIET_PERIOD_MS,
+)
 from tests.nodes import Cluster, Engine
 from tests.shells import key
 
@@ -41,6 +49,27 @@ def test_with_the_first_question_of_an_engine_a_rare_heartbeat_becomes_a_frequen
     node.tick()
     call_id, announce = the_announce(cluster)
     assert not announce.in_use
+
+
+def test_an_engine_that_asks_all_the_time_makes_no_heartbeat_more_frequent_than_was_said() -> None:
+    """Or a thousand nodes at work would be a directory's load of three thousand calls a second."""
+    cluster = Cluster.of("a")
+    node, engine = cluster["a"], Engine(cluster["a"])
+    assert cluster.directory is not None
+    for number in 2 * list(range(LARGE_CLUSTER_NODES)):  # twice: they have the time they are told
+        info = msgspec.structs.replace(node.core.info, node_id=NodeId(f"other-{number}"))
+        cluster.directory.on_hello(NodeHello(info, 0), cluster.now_ms)
+    cluster.pass_ms(1_000)
+
+    def announces() -> int:
+        count: int = node.core.snapshot()["announcing"]["announces"]
+        return count
+
+    before = announces()
+    for number in range(100):
+        engine.lookup([key(number)])
+        cluster.pass_ms(4 * LARGE_CLUSTER_PERIOD_MS // 100)
+    assert announces() - before == 4
 
 
 def test_an_answer_that_comes_twice_acknowledges_one_announce_only() -> None:

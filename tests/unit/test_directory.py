@@ -19,7 +19,6 @@ from kvray.core.directory import (
     DirectoryCore,
     DirectoryLimits,
     NodeState,
-    heartbeat_period_ms,
 )
 from kvray.core.ids import (
     KEY_BYTES,
@@ -46,7 +45,12 @@ from kvray.core.messages import (
     NodeHelloReply,
     NodeInfo,
 )
-from kvray.core.roster import MAX_GONE, QUIET_AFTER_MS, QUIET_PERIOD_MS
+from kvray.core.roster import (
+    MAX_GONE,
+    QUIET_AFTER_MS,
+    QUIET_PERIOD_MS,
+    heartbeat_period_ms,
+)
 
 OK, RESYNC = AnnounceStatus.OK, AnnounceStatus.RESYNC
 BURIED, UNKNOWN = AnnounceStatus.BURIED, AnnounceStatus.UNKNOWN

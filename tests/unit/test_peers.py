@@ -96,6 +96,7 @@ class Node:
         )
         self.now_us = 1_000
         self.links: list[LoopbackLink] = []
+        self.peers: list[Peer] = []
         if opened:
             self.open()
 
@@ -132,6 +133,7 @@ class Node:
 
     def with_peer(self, node_id: str = "peer") -> Peer:
         peer = Peer(self.network, node_id)
+        self.peers.append(peer)  # its memory is read from for as long as this node lives
         self.do(ConnectPeer(peer.info))
         self.poll()
         assert self.take(PeerConnected)
@@ -162,6 +164,18 @@ def header_offsets(*slots: int) -> Offsets:
 
 def with_headers(post: PostRead, *slots: int) -> PostRead:
     return replace(post, header_offsets=header_offsets(*slots))
+
+
+def node_that_reads_headers_along(fate: Fate) -> Node:
+    """The payload of its read 1 has come; fate: of the headers."""
+    node = Node()
+    peer = node.with_peer()
+    node.fates[1] = Fate(polls=2)
+    node.do(with_headers(payload(1, peer, (8192, 65536, 4096)), 5))
+    node.poll()
+    node.fates[1] = fate
+    node.poll()
+    return node
 
 
 def headers(read_id: int, peer: Peer, *slots: int) -> PostRead:
@@ -238,36 +252,28 @@ def test_a_payload_whose_headers_can_not_be_read_along_comes_without_them() -> N
     assert (ended.kind, ended.ending, len(ended.headers)) == (ReadKind.PAYLOAD, Ending.DONE, 0)
 
 
-def test_a_payload_read_fails_with_its_headers_and_reads_none_for_nobody() -> None:
-    node = Node()
-    peer = node.with_peer()
-    node.fates[1] = Fate(polls=2)
-    node.do(with_headers(payload(1, peer, (8192, 65536, 4096)), 5))
-    node.poll()
-    node.fates[1] = Fate(outcome=ReadOutcome.FAILED)
-    node.poll()
+def test_a_payload_read_fails_with_its_headers() -> None:
+    node = node_that_reads_headers_along(Fate(outcome=ReadOutcome.FAILED))
     ended = node.take_end()
     assert (ended.kind, ended.ending, len(ended.headers)) == (ReadKind.PAYLOAD, Ending.FAILED, 0)
     assert node.scratch.free_count == node.scratch.page_count
 
-    node.fates[2] = Fate(polls=2)
-    node.do(with_headers(payload(2, peer, (8192, 65536, 4096)), 5))
-    node.do(AbandonRead(ReadId(2)))
-    node.fates[2] = Fate(refusal="nobody waits for these headers")
+
+def test_nobody_waits_for_the_headers_of_a_payload_that_was_abandoned() -> None:
+    node = Node()
+    peer = node.with_peer()
+    node.fates[1] = Fate(polls=2)
+    node.do(with_headers(payload(1, peer, (8192, 65536, 4096)), 5))
+    node.do(AbandonRead(ReadId(1)))
+    node.fates[1] = Fate(held_by=threading.Event())  # headers would never come
     node.poll(2)
     ended = node.take_end()
     assert (ended.kind, ended.ending, len(ended.headers)) == (ReadKind.PAYLOAD, Ending.DONE, 0)
 
 
 def test_headers_of_a_read_that_was_abandoned_after_its_payload_hold_its_end_back() -> None:
-    node = Node()
-    peer = node.with_peer()
     silent = threading.Event()
-    node.fates[1] = Fate(polls=2)
-    node.do(with_headers(payload(1, peer, (8192, 65536, 4096)), 5))
-    node.poll()
-    node.fates[1] = Fate(held_by=silent)
-    node.poll()
+    node = node_that_reads_headers_along(Fate(held_by=silent))
     node.do(AbandonRead(ReadId(1)))
     node.poll(3)
     assert not node.take(ReadEnded)
