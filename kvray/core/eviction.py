@@ -211,9 +211,13 @@ class Segmented:
             parts.once[slot] = None
 
     def hit(self, slot_bytes: int, slot: SlotIndex) -> None:
+        # What is asked for often is here already, and this is called for each key of an unpin.
         parts = self._sizes[slot_bytes]
-        if slot in parts.proven and slot not in parts.reused:
-            return  # held, and known to be reused
+        if slot in parts.reused:
+            parts.reused.move_to_end(slot)
+            return
+        if slot in parts.proven:
+            return  # held
         hits = parts.hits.get(slot)
         if hits is not None and hits + 1 < PROMOTE_HITS:
             parts.hits[slot] = hits + 1

@@ -197,18 +197,16 @@ class SlotTable:
         had pinned them.
         """
         policy = self._policy
+        use = policy.hit if is_hit else policy.touch
         for block in blocks:
-            extent, slot = block.extent, block.place.slot
-            block.pins -= 1
-            if not block.pins:
+            extent = block.extent
+            block.pins = pins = block.pins - 1
+            if not pins:
                 extent.busy -= 1
                 if block.is_held:
                     block.is_held = False
-                    policy.free(extent.slot_bytes, slot)
-            if is_hit:
-                policy.hit(extent.slot_bytes, slot)
-            else:
-                policy.touch(extent.slot_bytes, slot)
+                    policy.free(extent.slot_bytes, block.place.slot)
+            use(extent.slot_bytes, block.place.slot)
 
     def shield(self, wants: Iterable[tuple[BlockKey, int]], now_ms: int) -> list[Block]:
         """Pin the READY ones of these until the caller unpins them."""
