@@ -316,9 +316,10 @@ class FetchWorld:
             assert not self._written() & set(places), "two reads into one slot"
             assert all(self.targets[place] is Target.WRITING for place in places)
             assert int(post.bytes.sum()) <= self.limits.batch_bytes or len(post.bytes) == 1
+            assert post.header_runs is not None
             assert slots == [
                 _slot_of(geometry, ReadKind.HEADERS, offset, HEADER_BYTES)
-                for offset in post.header_offsets.tolist()
+                for offset in post.header_runs.offsets.tolist()
             ], "headers of other blocks"
         self.reads[post.read_id] = Read(post, places, slots)
 

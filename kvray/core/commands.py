@@ -10,7 +10,7 @@ Who owns what: sockets, the slab, Ray calls, links, scratch memory for headers a
 shell's; every decision about them is the core's.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
 
@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvray.core.effects import Effect, Place
+from kvray.core.header_runs import HeaderRuns, Offsets
 from kvray.core.ids import BlockKey, ClientId, Epoch, NodeId, OpId, ReadId, Role
 from kvray.core.messages import Announce, LocalAnswer, Locate, NodeHello, NodeInfo
 
 Waiter = tuple[ClientId | Literal["node"], OpId]  # a Lookup of a client; the node itself
-Offsets = npt.NDArray[np.uint64]  # in bytes, from the start of a slab
 Headers = npt.NDArray[Any]  # SLOT_HEADER_DTYPE rows
 NO_OFFSETS: Offsets = np.empty(0, np.uint64)
 
@@ -140,7 +140,7 @@ class PostRead:
 
     Headers are read only after their payload has come, and must be posted as a transfer of their
     own (rule 2). Whoever reads a payload can do that at once, and so save a turn of two threads:
-    header_offsets says where they are. If it does not (on_read_done), a HEADERS read follows. They
+    header_runs says where they are. If it does not (on_read_done), a HEADERS read follows. They
     go to scratch memory of the shell, one after another, which must not be used again before the
     read has ended.
     """
@@ -152,8 +152,9 @@ class PostRead:
     remote_offsets: Offsets  # from the start of the peer's slab
     local_offsets: Offsets  # from the start of ours; NO_OFFSETS for HEADERS
     bytes: Offsets  # of each piece; as long as remote_offsets
-    # Of the same blocks, at the peer; NO_OFFSETS for HEADERS.
-    header_offsets: Offsets = field(default_factory=lambda: NO_OFFSETS)
+    # Of the same blocks, at the peer; None for HEADERS. Made before the payload is read: whoever
+    # reads would make it while nothing is on its way, and out of a cache full of payload.
+    header_runs: HeaderRuns | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ block is read is core.planner's to say.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 from kvray.core.break_even import ALWAYS, Worth, chain_pays, source_pays
@@ -237,16 +238,14 @@ class FetchCore:
             return self._take()
         read = self._reads.end(read_id, came=True, now_ms=now_ms)
         read.peer.succeed()
-        proven: list[Fetch] = []
-        stale: list[Fetch] = []
-        for fetch, is_proven in zip(read.fetches, proofs(read, headers), strict=True):
-            (proven if is_proven else stale).append(fetch)
+        are_proven = proofs(read, headers)
+        proven = list(compress(read.fetches, are_proven))
+        stale = list(compress(read.fetches, ~are_proven))
         if proven:
             self._counters["fetched_blocks"] += len(proven)
             self._counters["fetched_bytes"] += sum(fetch.bytes for fetch in proven)
             self._commands.append(CommitTargets(targets_of(proven)))
-        for fetch in proven:
-            self._end(fetch, None)
+            self._bring(proven)
         if stale:
             self._counters["stale_blocks"] += len(stale)
             self._commands.append(ReleaseTargets(targets_of(stale)))
@@ -329,6 +328,14 @@ class FetchCore:
                 self._commands.append(ReserveTargets(batch_id, wants))
 
     # -- ending steps ----------------------------------------------------------------------------
+
+    def _bring(self, proven: Iterable[Fetch]) -> None:
+        """READING or VERIFYING, so in no queue and in no call: ARRIVED."""
+        for fetch in proven:
+            del self._fetches[fetch.key]
+            settle(fetch)
+            fetch.state = FetchState.ARRIVED
+            self._waits.arrive(fetch.key)
 
     def _fail_locate(self, fetches: Iterable[Fetch]) -> None:
         for fetch in fetches:

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from kvray.core.break_even import RATE_SAMPLE_BYTES, Rate
-from kvray.core.commands import Offsets
+from kvray.core.header_runs import Offsets
 from kvray.core.ids import Epoch, Generation, NodeId, SlotIndex
 from kvray.core.layout import HEADER_BYTES, Geometry, aligned
 from kvray.core.messages import NodeInfo

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from kvray.core.break_even import ALWAYS, RATE_SAMPLE_BYTES, Overhead, Worth
 from kvray.core.commands import (
@@ -24,7 +25,6 @@ from kvray.core.commands import (
     AbandonRead,
     Headers,
     MissReason,
-    Offsets,
     PostRead,
     QuarantineTargets,
     ReadKind,
@@ -32,11 +32,16 @@ from kvray.core.commands import (
 )
 from kvray.core.deadlines import Deadlines
 from kvray.core.effects import Place
-from kvray.core.ids import KEY_BYTES, BlockKey, Epoch, NodeId, ReadId, SlotState
+from kvray.core.header_runs import Offsets, header_runs
+from kvray.core.ids import BlockKey, Epoch, NodeId, ReadId, SlotState
 from kvray.core.layout import HEADER_BYTES
 from kvray.core.messages import MAX_LOCATE_KEYS
 from kvray.core.peers import Peer, Source
 from kvray.core.planner import FETCH_BATCH_BYTES, MAX_BATCH_BLOCKS
+
+Bools = npt.NDArray[np.bool_]
+
+_READY = int(SlotState.READY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +180,7 @@ class Reads:
             offsets,
             np.array([place.offset for place in read.targets], np.uint64),
             np.array([fetch.bytes for fetch in fetches], np.uint64),
-            peer.header_offsets(_sources_of(fetches)),
+            header_runs(peer.header_offsets(_sources_of(fetches))),
         )
 
     def post_headers(self, payload: Read, *, now_ms: int) -> PostRead:
@@ -312,27 +317,18 @@ def _sources_of(fetches: Sequence[Fetch]) -> list[Source]:
     return [fetch.source for fetch in fetches if fetch.source is not None]
 
 
-def proofs(read: Read, headers: Headers) -> list[bool]:
+def proofs(read: Read, headers: Headers) -> Bools:
     """For each block of a read whether its header says that the payload was whole and its own
     (rule 2). headers: SLOT_HEADER_DTYPE rows, read after the payload had come.
     """
-    assert len(headers) == len(read.fetches)
-    keys = headers["key"].tobytes()
-    rows = zip(
-        read.fetches,
-        headers["generation"].tolist(),
-        headers["offset"].tolist(),
-        headers["bytes"].tolist(),
-        headers["state"].tolist(),
-        read.payload_offsets.tolist(),
-        strict=True,
-    )
-    return [
-        fetch.source is not None
-        and generation == fetch.source.generation
-        and keys[i * KEY_BYTES : (i + 1) * KEY_BYTES] == fetch.key
-        and offset == expected_offset
-        and payload_bytes == fetch.bytes
-        and state == SlotState.READY
-        for i, (fetch, generation, offset, payload_bytes, state, expected_offset) in enumerate(rows)
-    ]
+    fetches, sources = read.fetches, _sources_of(read.fetches)
+    assert len(headers) == len(sources) == len(fetches)
+    keys = np.frombuffer(b"".join([fetch.key for fetch in fetches]), headers.dtype["key"])
+    generations = np.array([source.generation for source in sources], np.uint64)
+    sizes_bytes = np.array([fetch.bytes for fetch in fetches], np.uint64)
+    proven: Bools = headers["key"] == keys
+    proven &= headers["generation"] == generations
+    proven &= headers["offset"] == read.payload_offsets
+    proven &= headers["bytes"] == sizes_bytes
+    proven &= headers["state"] == _READY
+    return proven

@@ -78,14 +78,17 @@ class Waits:
 
     def arrive(self, key: BlockKey) -> None:
         """Everyone who waits for the key is told that it is there."""
-        for waiter in list(self._waiters.get(key, ())):
-            self._part(waiter, key)
-            self._arrived.setdefault(waiter, []).append(key)
+        for waiter in self._waiters.pop(key, ()):
+            self._drop(waiter, key)
+            arrived = self._arrived.get(waiter)
+            if arrived is None:
+                arrived = self._arrived[waiter] = []
+            arrived.append(key)
 
     def miss(self, key: BlockKey, reason: MissReason) -> None:
         """Everyone who waits for the key is told that it does not come."""
-        for waiter in list(self._waiters.get(key, ())):
-            self._part(waiter, key)
+        for waiter in self._waiters.pop(key, ()):
+            self._drop(waiter, key)
             self.tell_missed(waiter, key, reason)
 
     def tell_missed(self, waiter: Waiter, key: BlockKey, reason: MissReason) -> None:
@@ -118,15 +121,19 @@ class Waits:
         return told
 
     def _part(self, waiter: Waiter, key: BlockKey) -> None:
+        self._drop(waiter, key)
+        waiters = self._waiters[key]
+        del waiters[waiter]
+        if not waiters:
+            del self._waiters[key]
+
+    def _drop(self, waiter: Waiter, key: BlockKey) -> None:
+        """From what it waits for. The other way round is the caller's."""
         keys = self._keys[waiter]
         del keys[key]
         if not keys:
             del self._keys[waiter]
             self._deadlines.discard(waiter)
-        waiters = self._waiters[key]
-        del waiters[waiter]
-        if not waiters:
-            del self._waiters[key]
 
     def snapshot(self) -> dict[str, Any]:
         return {"waiters": len(self._keys), "keys": len(self._waiters)}

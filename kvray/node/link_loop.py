@@ -21,16 +21,15 @@ from kvray.core.commands import (
     ConnectPeer,
     DisconnectPeer,
     Headers,
-    Offsets,
     PostRead,
     ReadKind,
 )
+from kvray.core.header_runs import HeaderRuns, Offsets, header_runs
 from kvray.core.ids import Epoch, NodeId, ReadId
 from kvray.core.layout import HEADER_BYTES, SLOT_HEADER_DTYPE
 from kvray.core.messages import NodeInfo
 from kvray.errors import LinkError
 from kvray.link.base import MAX_SEGMENTS, Link, ReadEnd, ReadOutcome, Segments, Words
-from kvray.node.header_runs import HEADER_GAP_BYTES, HeaderRuns, header_runs
 from kvray.node.pace import PollPace
 from kvray.node.scratch import HeaderScratch, Span
 
@@ -338,7 +337,7 @@ class LinkLoop:
         rows: _Rows | None = None
         if post.kind is ReadKind.HEADERS:
             assert (sizes_bytes == HEADER_BYTES).all(), "a header has another size"
-            rows = self._take_rows(remote_offsets)
+            rows = self._take_rows(remote_offsets, part_of.header_runs if part_of else None)
             if rows is None:
                 return f"no room for {len(sizes_bytes)} headers: {self._scratch.free_count} pages"
             remote_offsets, sizes_bytes = rows.runs.remote_offsets, rows.runs.bytes
@@ -362,16 +361,16 @@ class LinkLoop:
         self._awaited += 1
         return ""
 
-    def _take_rows(self, offsets: Offsets) -> _Rows | None:
+    def _take_rows(self, offsets: Offsets, runs: HeaderRuns | None) -> _Rows | None:
         """Room for these headers and what is read along with them; for nothing else where that is
-        too much; None if there is not even that.
+        too much; None if there is not even that. runs: of these, if somebody has made them.
         """
-        for gap_bytes in (HEADER_GAP_BYTES, 0):
-            runs = header_runs(offsets, gap_bytes=gap_bytes)
+        runs = runs or header_runs(offsets)
+        span = self._scratch.take(runs.row_count)
+        if span is None:
+            runs = header_runs(offsets, gap_bytes=0)
             span = self._scratch.take(runs.row_count)
-            if span is not None:
-                return _Rows(span, runs)
-        return None
+        return None if span is None else _Rows(span, runs)
 
     def _abandon(self, read_id: ReadId) -> None:
         read = self._reads.get(read_id)
@@ -401,9 +400,10 @@ class LinkLoop:
     def _read_headers(self, payload: _Read) -> bool:
         """A payload has come: read its headers, under its id. False: nobody does."""
         post, peer = payload.post, self._peers.get(payload.peer_id)
-        if peer is None or not len(post.header_offsets) or self._make_known(peer):
+        runs = post.header_runs
+        if peer is None or runs is None or self._make_known(peer):
             return False
-        headers = _headers(post.read_id, peer, post.header_offsets)
+        headers = _headers(post.read_id, peer, runs.offsets)
         return not self._start(headers, peer, part_of=post)
 
     def snapshot(self) -> dict[str, int | str]:

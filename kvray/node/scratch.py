@@ -21,7 +21,7 @@ from kvray.core.layout import HEADER_BYTES, PAGE_BYTES, SLOT_HEADER_DTYPE
 
 ROWS_PER_PAGE = PAGE_BYTES // HEADER_BYTES
 # 16 MiB, touched as far as it is used: four reads of 256 headers that are scattered as widely as is
-# still read in runs (node.header_runs), or a thousand of 256 neighbours. Reads that do not end keep
+# still read in runs (core.header_runs), or a thousand of 256 neighbours. Reads that do not end keep
 # theirs, so this is also what a silent network can take.
 PAGE_COUNT = 4_096
 

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvray.core.commands import NO_OFFSETS, PostRead, ReadKind
+from kvray.core.header_runs import header_runs
 from kvray.core.ids import ReadId, SlotIndex, SlotState
 from kvray.core.layout import HEADER_BYTES, SLOT_HEADER_DTYPE, Geometry
 from kvray.core.messages import NodeInfo
@@ -182,7 +183,7 @@ def _payload(
         remote,
         local,
         sizes,
-        _header_offsets(slots),
+        header_runs(_header_offsets(slots)),
     )
 
 

@@ -36,8 +36,8 @@ BUGS: tuple[Mutant, ...] = (
         "kvray.core.reads",
         (
             (
-                "        fetch.source is not None\n        and generation",
-                "        True or generation",
+                "    return proven\n",
+                "    return np.ones_like(proven)\n",
             ),
         ),
         simulated(20),
@@ -62,13 +62,13 @@ BUGS: tuple[Mutant, ...] = (
     Mutant(
         "any generation is proof",
         "kvray.core.reads",
-        (("        and generation == fetch.source.generation\n", ""),),
+        (('    proven &= headers["generation"] == generations\n', ""),),
         tested("tests/unit/test_fetch.py"),
     ),
     Mutant(
         "any state is proof",
         "kvray.core.reads",
-        (("        and state == SlotState.READY\n", ""),),
+        (('    proven &= headers["state"] == _READY\n', ""),),
         tested("tests/unit/test_fetch.py"),
     ),
     Mutant(

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvray.core.commands import NodeCommand, Offsets, PostRead, ReadKind
+from kvray.core.commands import NodeCommand, PostRead, ReadKind
+from kvray.core.header_runs import Offsets
 from kvray.core.ids import SlotState
 from kvray.core.layout import HEADER_BYTES
 from tests.sim.slabs import PIECES, Writing
@@ -112,7 +113,8 @@ class Transfer:
             self._end(ok=True)
             return
         self._landing = ReadKind.HEADERS
-        self._begin_headers(self._post.header_offsets)
+        assert self._post.header_runs is not None
+        self._begin_headers(self._post.header_runs.offsets)
         self._fails_at = len(self._steps) + 1
         if self._world.hits("read_failed", self._reader.name, "headers"):
             self._fails_at = self._world.random.randrange(len(self._steps) + 1)

@@ -5,8 +5,8 @@ then lies.
 import numpy as np
 import pytest
 
+from kvray.core.header_runs import HEADER_GAP_BYTES, HeaderRuns, header_runs
 from kvray.core.layout import HEADER_BYTES, PAGE_BYTES
-from kvray.node.header_runs import HEADER_GAP_BYTES, HeaderRuns, header_runs
 from kvray.node.scratch import ROWS_PER_PAGE, HeaderScratch, Span
 
 GAP_HEADERS = HEADER_GAP_BYTES // HEADER_BYTES

@@ -17,10 +17,10 @@ from kvray.core.commands import (
     AbandonRead,
     ConnectPeer,
     DisconnectPeer,
-    Offsets,
     PostRead,
     ReadKind,
 )
+from kvray.core.header_runs import Offsets, header_runs
 from kvray.core.ids import Epoch, NodeId, ReadId, SlabId, SlotIndex
 from kvray.core.layout import HEADER_BYTES, SLOT_HEADER_DTYPE, Geometry
 from kvray.core.messages import NodeInfo
@@ -163,7 +163,7 @@ def header_offsets(*slots: int) -> Offsets:
 
 
 def with_headers(post: PostRead, *slots: int) -> PostRead:
-    return replace(post, header_offsets=header_offsets(*slots))
+    return replace(post, header_runs=header_runs(header_offsets(*slots)))
 
 
 def node_that_reads_headers_along(fate: Fate) -> Node:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvray.core.commands import Offsets
 from kvray.core.layout import HEADER_BYTES
+
+Offsets = npt.NDArray[np.uint64]  # in bytes, from the start of a slab
 
 # A segment costs as much as some 20 KiB of payload: 3 us over cma at 7 GB/s, 12 over TCP at 1.6
 # GB/s. Of 256 headers scattered over 2 MiB of table, read over cma: 1.31 ms without gaps,
@@ -25,10 +26,11 @@ HEADER_GAP_BYTES = 16 * 1024
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeaderRuns:
-    """Segments in the order of the table, and in which row of them, laid end to end, each header
-    comes to lie.
+    """offsets: of the headers that are wanted. remote_offsets, bytes: the segments, in the order of
+    the table. rows: in which row of them, laid end to end, each header comes to lie.
     """
 
+    offsets: Offsets
     remote_offsets: Offsets
     bytes: Offsets
     rows: npt.NDArray[np.uint64]
@@ -55,6 +57,7 @@ def header_runs(offsets: Offsets, *, gap_bytes: int = HEADER_GAP_BYTES) -> Heade
     rows = np.empty(len(offsets), np.uint64)
     rows[order] = ascending_rows
     return HeaderRuns(
+        offsets=offsets,
         remote_offsets=ascending[firsts],
         bytes=(ends - ascending_rows[firsts]) * np.uint64(HEADER_BYTES),
         rows=rows,
