@@ -1,6 +1,6 @@
 """What the control path costs: look-ups at the NodeStore and at the directory, and registering.
 
-lookup_us, held, local_client_operations, echo, p99_over_echo, engine_hello_bye_ms
+lookup_us, bare_lookup_us, held, local_client_operations, echo, p99_over_echo, engine_hello_bye_ms
                                                at the NodeStore: lookup_local, lookup_load
 register_p50_ms, register_p99_ms               of a node at the directory: lookup_registering
 locate_us ... one_actor                        at the directory: lookup_directory

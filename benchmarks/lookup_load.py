@@ -274,18 +274,31 @@ def serve_echo(path: str) -> None:
                 sock.close()
 
 
+@contextmanager
+def running_echo() -> Iterator[str]:
+    """Where it listens."""
+    with tempfile.TemporaryDirectory(prefix="kvray-echo-") as folder:
+        path = str(Path(folder) / "socket")
+        context = multiprocessing.get_context("spawn")
+        echo = context.Process(target=serve_echo, args=(path,), daemon=True)
+        echo.start()
+        try:
+            while not Path(path).exists():
+                assert echo.is_alive(), "the echo server has ended"
+                time.sleep(0.01)
+            yield path
+        finally:
+            echo.kill()
+            echo.join()
+
+
 # ---- all of them
 
 
 @contextmanager
 def running_clients(store_path: str) -> Iterator[list["Connection[Any, Any]"]]:
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="kvray-echo-") as folder:
-        echo_path = str(Path(folder) / "socket")
-        echo = context.Process(target=serve_echo, args=(echo_path,), daemon=True)
-        echo.start()
-        while not Path(echo_path).exists():
-            time.sleep(0.01)
+    with running_echo() as echo_path:
         pipes, processes = [], []
         try:
             for seed in range(1, CLIENTS + 1):
@@ -303,7 +316,7 @@ def running_clients(store_path: str) -> Iterator[list["Connection[Any, Any]"]]:
             for client in processes:
                 client.join(ANSWER_LIMIT_S)
         finally:
-            for child in (*processes, echo):
+            for child in processes:
                 child.kill()
                 child.join()
 

@@ -1,6 +1,8 @@
 """What an engine's questions to the NodeStore of its node cost, over the local socket.
 
     lookup_us                of 1, 64 and 512 keys that are READY: p50, p99
+    bare_lookup_us           as many bytes to an echo server and back, in turn with these: what two
+                             processes of this machine pay for calling each other
     held                     the p99 of 64 keys while one slot is being written, pinned or in
                              quarantine and other blocks are stored, loaded and evicted, relative
                              to no such slot
@@ -25,11 +27,13 @@ from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kvray
-from benchmarks.lookup_load import measure_load
+from benchmarks.lookup_load import FIRST_OP, Caller, measure_load, padded, running_echo
 from benchmarks.lookup_scene import own_cluster, own_node_id
 from benchmarks.measure import percentile, spread
 from kvray.config import EngineConfig, find_sockets
-from kvray.core.ids import BlockKey
+from kvray.core.codec import encode
+from kvray.core.ids import BlockKey, OpId
+from kvray.core.messages import MAX_MESSAGE_BYTES, SLOT_DTYPE, Ack, Lookup, LookupReply, Unpin
 from kvray.node.worker_client import WorkerClient
 from tests.block_client import Client
 from tests.ray_nodes import wait_until
@@ -55,7 +59,7 @@ def measure_local(*, smoke: bool = False) -> dict[str, Any]:
     with own_cluster(slab_bytes=SLAB_BYTES, extent_bytes=EXTENT_BYTES) as cluster:
         client = Client(cluster, own_node_id(), block_bytes=BLOCK_BYTES)
         fill(client)
-        found: dict[str, Any] = {"lookup_us": measure_lookups(client, lookups, rounds)}
+        found = measure_lookups(client, lookups, rounds)
         found["held"] = measure_held(cluster, client, lookups, rounds)
         client.close()
         path = find_sockets(EngineConfig.parse(cluster.engine_settings()))[0]
@@ -86,17 +90,45 @@ def lookup_times_us(
     return taken
 
 
-def measure_lookups(client: Client, lookups: int, rounds: int) -> dict[str, dict[str, float]]:
+def bare_times_us(caller: Caller, key_count: int, count: int) -> list[float]:
+    """Of `count` calls, each followed by another one as short as an unpin is."""
+    op = OpId(FIRST_OP)
+    lookup = Lookup(op, bytes(16 * key_count), [key_count], [True], [BLOCK_BYTES], 1_000)
+    reply = LookupReply(op, bytes(key_count), bytes(SLOT_DTYPE.itemsize * key_count))
+    asked = padded(encode(lookup), len(encode(reply)))
+    unpinned = padded(encode(Unpin(op, op)), len(encode(Ack(op))))
+    taken = []
+    for _ in range(count):
+        begun = time.perf_counter_ns()
+        caller.sock.send(asked)
+        caller.sock.recv(MAX_MESSAGE_BYTES)
+        taken.append((time.perf_counter_ns() - begun) / 1_000)
+        caller.sock.send(unpinned)
+        caller.sock.recv(MAX_MESSAGE_BYTES)
+    return taken
+
+
+def measure_lookups(client: Client, lookups: int, rounds: int) -> dict[str, Any]:
     """Of all keys together, by their count. Interleaved, so that a busy moment hits each."""
     keys = {
         count: client.store(*(f"{count} keys, {i}" for i in range(count))) for count in KEY_COUNTS
     }
     taken: dict[int, list[float]] = {count: [] for count in KEY_COUNTS}
-    for round_number in track(range(rounds + 1), "look-ups", console=console):
-        for count in KEY_COUNTS:
-            times = lookup_times_us(client, keys[count], lookups, churn=False)
-            taken[count] += times if round_number else []  # the first round warms
-    return {str(count): spread(times, digits=1) for count, times in taken.items()}
+    bare: dict[int, list[float]] = {count: [] for count in KEY_COUNTS}
+    with running_echo() as echo_path:
+        caller = Caller(echo_path)
+        for round_number in track(range(rounds + 1), "look-ups", console=console):
+            for count in KEY_COUNTS:
+                times = lookup_times_us(client, keys[count], lookups, churn=False)
+                bare_times = bare_times_us(caller, count, lookups)
+                if round_number:  # the first round warms
+                    taken[count] += times
+                    bare[count] += bare_times
+        caller.sock.close()
+    return {
+        "lookup_us": {str(count): spread(times, digits=1) for count, times in taken.items()},
+        "bare_lookup_us": {str(count): spread(times, digits=1) for count, times in bare.items()},
+    }
 
 
 @contextmanager

@@ -53,6 +53,11 @@ ENTRIES = (
     Entry("ttft-tiny", "ttft.py", ("--model", "tiny"), is_short=True),
     Entry("ttft-smollm2", "ttft.py", ("--model", "smollm2")),
     Entry("long_doc_qa", "long_doc_qa.py", ("--model", "smollm2")),
+    Entry(
+        "long_doc_qa-round-robin",
+        "long_doc_qa.py",
+        ("--model", "smollm2", "--instances", "4", "--routing", "round-robin"),
+    ),
     Entry("multi_turn", "multi_turn.py"),
     Entry("transfer", "transfer.py"),
     Entry("lookup", "lookup.py", is_short=True),

@@ -8,6 +8,7 @@
     plan_ms            what FetchCore takes before it: sources and batches for all blocks. It is not
                        in the ratio: raw NIXL is told which slots to read
     ratio_with_plan    the same ratio with it
+    stages             where the time of a fetch goes, if it is one read: see transfer_stages
 
     python benchmarks/transfer.py [--json] [--smoke] [--transports cma,tcp] [--rounds N]
 
@@ -38,6 +39,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.bars import Bar, at_least
 from benchmarks.measure import finish
+from benchmarks.transfer_stages import medians_us
 from kvray.core.layout import Geometry
 
 SLOT_BYTES = (64 << 10, 256 << 10, 1 << 20, 4 << 20)
@@ -78,7 +80,9 @@ def cases(payload_bytes: int, *, smoke: bool) -> list[tuple[int, int]]:
 def measure_transport(
     pipe: Connection, transport: str, payload_bytes: int, rounds: int, *, smoke: bool
 ) -> None:
-    """Sends a dict of seconds for each case, one list a way, and one for the plans."""
+    """For each case sends a dict of seconds, one list a way and one for the plans, and the stages
+    of its fetches.
+    """
     ucx_tls = TRANSPORTS[transport]
     if ucx_tls is not None:
         os.environ["UCX_TLS"] = ucx_tls
@@ -103,8 +107,11 @@ def measure_transport(
     owner.join(START_LIMIT_S)
 
 
-def measure_case(reader: Any, slots: int, rounds: int) -> dict[str, list[float]]:
+def measure_case(
+    reader: Any, slots: int, rounds: int
+) -> tuple[dict[str, list[float]], list[dict[str, float] | None]]:
     taken_s: dict[str, list[float]] = {way: [] for way in (*WAYS, "plan")}
+    stages: list[dict[str, float] | None] = []
     ways = reader.ways()
     for n in range(rounds + 1):
         reader.draw(slots)
@@ -120,7 +127,8 @@ def measure_case(reader: Any, slots: int, rounds: int) -> dict[str, list[float]]
                 taken_s[way].append(seconds)
         if n:
             taken_s["plan"].append(reader.plan_s)
-    return taken_s
+            stages.append(reader.stages)
+    return taken_s, stages
 
 
 # ---- all of it
@@ -145,8 +153,8 @@ def measure(
             for slot_bytes, slots in track(
                 cases(payload_bytes, smoke=smoke), f"over {transport}", console=console
             ):
-                taken_s = receive(ours, CASE_LIMIT_S)
-                yield row_of(transport, slot_bytes, slots, taken_s)
+                taken_s, stages = receive(ours, CASE_LIMIT_S)
+                yield row_of(transport, slot_bytes, slots, taken_s) | {"stages": stages}
             process.join(START_LIMIT_S)
         finally:
             if process.is_alive():
@@ -187,6 +195,16 @@ def row_of(
         "plan_ms": round(statistics.median(taken_s["plan"]) * 1e3, 2),
         "bar": bar if fetched_bytes >= BAR_BYTES else None,
     }
+
+
+def take_stages(row: dict[str, Any]) -> dict[str, Any] | None:
+    """Out of a row; None where they could not be told apart, as over TCP, where a post only begins
+    a read.
+    """
+    medians = medians_us(row.pop("stages"))
+    if medians is None or row["transport"] != "cma":
+        return None
+    return {key: row[key] for key in ("slot_bytes", "slots", "transport")} | medians
 
 
 def bars(rows: list[dict[str, Any]]) -> list[Bar]:
@@ -235,9 +253,10 @@ def main() -> int:
     if unknown := set(transports) - TRANSPORTS.keys():
         parser.error(f"transports are {', '.join(TRANSPORTS)}, not {', '.join(unknown)}")
     rows = list(measure(transports, payload_bytes, rounds, smoke=arguments.smoke))
+    stages = [take_stages(row) for row in rows]
     return finish(
         "transfer",
-        {"rows": rows, "seed": SEED},
+        {"rows": rows, "stages": [row for row in stages if row], "seed": SEED},
         bars(rows),
         n=rounds,
         as_json=arguments.json,

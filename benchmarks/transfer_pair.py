@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.transfer_stages import TimedLink, stages_of
 from kvray.core.commands import (
     Arrived,
     AskDirectory,
@@ -48,6 +49,7 @@ from kvray.core.ids import (
 )
 from kvray.core.layout import HEADER_BYTES, SLOT_HEADER_DTYPE, Geometry
 from kvray.core.messages import NodeInfo
+from kvray.link.nixl import NixlLink
 from kvray.link.nixl_package import load_nixl
 from kvray.node.pace import QUICKEST_US
 from kvray.node.peers import Ending, LinkEvent, ReadEnded
@@ -103,8 +105,13 @@ def _key(slot: int) -> BlockKey:
     return BlockKey(slot.to_bytes(16, "little"))
 
 
-def _node(slab: Slab, role: str) -> LinkNode:
-    return LinkNode(f"{role}-{os.getpid()}", slab_address=slab.address, geometry=slab.geometry)
+def _node(slab: Slab, role: str, make_link: Callable[[str], NixlLink] | None = None) -> LinkNode:
+    return LinkNode(
+        f"{role}-{os.getpid()}",
+        slab_address=slab.address,
+        geometry=slab.geometry,
+        make_link=make_link,
+    )
 
 
 def own(pipe: Connection, geometry: Geometry) -> None:
@@ -132,15 +139,20 @@ class Reader:
         self._slab = Slab(geometry)
         self._slab.words[::PAGE_WORDS] = 0  # the pages of this process, too
         self._random = np.random.default_rng(seed)
-        self._node = _node(self._slab, "reader")
+        self._node = _node(self._slab, "reader", self._make_link)
         assert owner.poll(EVENT_LIMIT_S), "the owner does not start"
         self._peer: NodeInfo = owner.recv()
         self._core = FetchCore()
         self.plan_s = 0.0  # of the last fetch
+        self.stages: dict[str, float] | None = None  # of the last fetch, if it was one read
         self._core.on_roster({self._peer.node_id: self._peer}, now_ms=0)
         self._node.connect(self._peer)
         self._raw = Raw(self._slab, self._peer)
         self._op = 0
+
+    def _make_link(self, name: str) -> TimedLink:
+        self._link = TimedLink(name)
+        return self._link
 
     def cut(self, slot_bytes: int) -> None:
         self._owner.send(slot_bytes)
@@ -184,7 +196,8 @@ class Reader:
         """Seconds from the first read's being posted to the proof of the last block. What has been
         decided before (wish, sources, plan, reservation) took plan_s.
         """
-        core, events = self._core, self._node.events
+        core, events, mark = self._core, self._node.events, self._link.mark
+        self._link.marks.clear()
         self._op += 1
         waiter = (ClientId(1, 1, 1), OpId(self._op))
         wants = [(key, place.bytes) for key, place in self._targets.items()]
@@ -197,11 +210,15 @@ class Reader:
             if not commands:
                 commands.extend(core.advance(_now_ms()))
             if not commands:
-                commands.extend(self._on_end(events.get(timeout=EVENT_LIMIT_S)))
+                end = events.get(timeout=EVENT_LIMIT_S)
+                mark("got")
+                commands.extend(self._on_end(end))
+                mark("proven")
                 continue
             command = commands.popleft()
             match command:
                 case PostRead():
+                    mark("posted")
                     posted = posted or time.perf_counter()
                     self._node.thread.submit(command)
                 case AskDirectory(locate_id, keys):
@@ -216,8 +233,10 @@ class Reader:
                     pass
                 case _:
                     raise AssertionError(f"a read that did not succeed: {command}")
+        taken_s = time.perf_counter() - posted
         self.plan_s = posted - begun
-        return time.perf_counter() - posted
+        self.stages = stages_of(self._link.marks)
+        return taken_s
 
     def _on_end(self, end: LinkEvent) -> Sequence[FetchCommand]:
         assert isinstance(end, ReadEnded), end

@@ -2,6 +2,7 @@
 where no NodeStore is wanted.
 """
 
+from collections.abc import Callable
 from queue import SimpleQueue
 
 from kvray.core.commands import ConnectPeer
@@ -15,16 +16,25 @@ EVENT_LIMIT_S = 60.0  # an interpreter and its first agent on a busy machine
 
 
 class LinkNode:
-    """slab_address: of a slab of this geometry, which outlives it. info: for who connects to it."""
+    """slab_address: of a slab of this geometry, which outlives it. info: for who connects to it.
+    make_link: given its name; None for a plain NixlLink.
+    """
 
     def __init__(
-        self, name: str, *, slab_address: int, geometry: Geometry, transports: str = ""
+        self,
+        name: str,
+        *,
+        slab_address: int,
+        geometry: Geometry,
+        transports: str = "",
+        make_link: Callable[[str], NixlLink] | None = None,
     ) -> None:
         self.events: SimpleQueue[LinkEvent] = SimpleQueue()
         self.thread = LinkThread(
             slab_address=slab_address, slab_bytes=geometry.slab_bytes, on_event=self.events.put
         )
-        self.thread.open(lambda: NixlLink(name, transports=transports))
+        make = make_link or (lambda link_name: NixlLink(link_name, transports=transports))
+        self.thread.open(lambda: make(name))
         opened = self.events.get(timeout=EVENT_LIMIT_S)
         assert isinstance(opened, LinkOpened), opened
         self.info = NodeInfo(
