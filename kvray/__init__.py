@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvray.api import AsyncAttachment, Attachment, AttachmentStats, attach, enable
     from kvray.cluster import Cluster, ClusterStatus, NodeStatus, connect, start
     from kvray.config import Config, EngineConfig
+    from kvray.core.reasons import MissReason
     from kvray.errors import (
         ConfigError,
         KVRayError,
@@ -33,6 +34,7 @@ _HOME = {
     "kvray.api": ("AsyncAttachment", "Attachment", "AttachmentStats", "attach", "enable"),
     "kvray.cluster": ("Cluster", "ClusterStatus", "NodeStatus", "connect", "start"),
     "kvray.config": ("Config", "EngineConfig"),
+    "kvray.core.reasons": ("MissReason",),
     "kvray.errors": (
         "ConfigError",
         "KVRayError",
@@ -59,6 +61,7 @@ __all__ = [
     "EngineConfig",
     "KVRayError",
     "LinkError",
+    "MissReason",
     "NamespaceMismatchError",
     "NodeLostError",
     "NodeStatus",

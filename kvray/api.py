@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvray import cluster as _cluster
 from kvray.config import Config
+from kvray.core.reasons import tokens_by_reason, tokens_by_source
 from kvray.errors import ConfigError, NotAttachedError
 
 if TYPE_CHECKING:
@@ -37,6 +38,16 @@ class AttachmentStats:
     node_id: str | None
     connected: bool
     counters: dict[str, int]
+
+    @property
+    def hit_tokens(self) -> dict[str, int]:
+        """Prompt tokens by where they came from: device, local, peer, computed."""
+        return tokens_by_source([self.counters])
+
+    @property
+    def miss_tokens(self) -> dict[str, int]:
+        """The computed ones by kvray.MissReason, those that there are."""
+        return tokens_by_reason([self.counters])
 
     def to_frame(self) -> "pd.DataFrame":
         """One row a counter: name, value."""

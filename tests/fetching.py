@@ -21,7 +21,6 @@ from kvray.core.commands import (
     FetchCommand,
     Headers,
     Missed,
-    MissReason,
     PeerFailed,
     PostRead,
     QuarantineTargets,
@@ -48,6 +47,7 @@ from kvray.core.ids import (
 )
 from kvray.core.layout import HEADER_BYTES, SLOT_HEADER_DTYPE, Geometry, aligned
 from kvray.core.messages import Grant, NodeInfo
+from kvray.core.reasons import MissReason
 
 MIB = 1024 * 1024
 BLOCK_BYTES = 8_192

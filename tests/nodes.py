@@ -60,6 +60,7 @@ from kvray.core.messages import (
     ReserveReply,
     Unpin,
 )
+from kvray.core.reasons import MissReason
 from tests.shells import BLOCK_BYTES, Shell, Slab, stamp
 
 WALL_CLOCK_OFFSET_MS = 1_000_000
@@ -258,6 +259,7 @@ class Engine:
         self.places: dict[OpId, dict[int, Slot]] = {}
         self.coming: dict[OpId, dict[int, Slot]] = {}  # where it was said last that it will be
         self.keys: dict[OpId, list[BlockKey]] = {}
+        self.causes: dict[OpId, dict[int, MissReason]] = {}
         self.seen = 0
         self.reserved: dict[BlockKey, Slot] = {}
         self.hello()
@@ -386,12 +388,14 @@ class Engine:
             if isinstance(answer, LookupReply):
                 states = bytearray(answer.states)
                 self.states[answer.op] = states
+                self.causes[answer.op] = dict(answer.causes)
                 self._take(answer.op, range(len(states)), answer.states, answer.slots)
             elif isinstance(answer, LookupUpdate) and answer.op in self.states:
                 states = self.states[answer.op]
                 for i, state in zip(answer.indices, answer.states, strict=True):
                     assert states[i] in (KeyState.WAIT, KeyState.COMING), "settled twice"
                     states[i] = state
+                self.causes[answer.op] |= answer.causes
                 self._take(answer.op, answer.indices, answer.states, answer.slots)
         self.seen = len(answers)
 
@@ -418,6 +422,15 @@ class Engine:
         """The states of a lookup, a letter each."""
         self.listen()
         return "".join("mhwc"[state] for state in self.states[op])
+
+    def cause(self, op: OpId) -> MissReason:
+        """Of its first miss, as an engine counts it."""
+        self.listen()
+        causes = self.causes[op]
+        assert causes, "no miss"
+        first = min(causes)
+        assert first == self.states[op].index(KeyState.MISS), "the first miss has no cause"
+        return causes[first]
 
     def refusals(self) -> list[str]:
         answers = self.node.sent.get(self.session_id, [])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from kvray.core.reasons import tokens_by_reason, tokens_by_source
 from kvray.errors import ConfigError, KVRayError, SlabBusyError, SlabError
 
 if TYPE_CHECKING:
@@ -82,6 +83,21 @@ class ClusterStatus:
     term: int  # of the directory: another one after it was restarted
     roster_version: int
     nodes: tuple[NodeStatus, ...]
+
+    @property
+    def hit_tokens(self) -> dict[str, int]:
+        """Prompt tokens of all engines since their NodeStores began, by where they came from:
+        device, local, peer, computed. An engine says so when a request has ended.
+        """
+        return tokens_by_source(self._engine_totals())
+
+    @property
+    def miss_tokens(self) -> dict[str, int]:
+        """The computed ones by kvray.MissReason, those that there are."""
+        return tokens_by_reason(self._engine_totals())
+
+    def _engine_totals(self) -> list[dict[str, int]]:
+        return [node.details.get("engine_totals", {}) for node in self.nodes]
 
     def to_frame(self) -> "pd.DataFrame":
         """One row a node, all fields but details."""

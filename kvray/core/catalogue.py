@@ -31,6 +31,7 @@ from typing import Final, NewType
 import numpy as np
 from numpy.typing import NDArray
 
+from kvray.core.ghosts import DIRECTORY_GHOSTS, Codes, Ghosts, Why, halves
 from kvray.core.ids import KEY_BYTES
 from kvray.core.messages import ENTRY_DTYPE
 from kvray.core.rowarray import RowArray, Rows
@@ -85,6 +86,7 @@ class Catalogue:
         self._free_listings = list(range(MAX_LISTINGS, 0, -1))
         self._unswept: set[Listing] = set()  # what sweep has to look for
         self._cursor = FIRST_ROW
+        self._ghosts = Ghosts(DIRECTORY_GHOSTS)
 
     def __len__(self) -> int:
         """Rows in use, those that wait for the sweep included."""
@@ -144,7 +146,7 @@ class Catalogue:
         """
         assert not keep or self._standing[listing] == Standing.HIDDEN
         entries = _one_each(entries)
-        low, high = _halves(entries["key"].tobytes())
+        low, high = halves(entries["key"].tobytes())
         rows = self._find(listing, low, high)
         known = rows > 0
         if not keep and known.any():
@@ -162,7 +164,8 @@ class Catalogue:
             entries = np.zeros(len(keys) // KEY_BYTES, ENTRY_DTYPE)
             entries["key"] = np.frombuffer(keys, ("V", KEY_BYTES))
             return self.add(listing, entries)
-        low, high = _halves(keys)
+        low, high = halves(keys)
+        self._ghosts.note(low, high, Why.EVICTED)
         rows = self._find(listing, low, high)
         self._take_out(listing, np.unique(rows[rows > 0]))
         self._note_swept(listing)
@@ -176,7 +179,7 @@ class Catalogue:
         The youngest entries of a key come first: a block that many nodes want at once then has a
         source more with each node that has got it, and the first one is not asked by all.
         """
-        low, high = _halves(keys)
+        low, high = halves(keys)
         rows = self._heads.find(_key_hash(low, high), self._same_key(low, high))
         at = rows.nonzero()[0]
         rows = rows[at]
@@ -200,6 +203,16 @@ class Catalogue:
             at, rows = at[go_on], rows[go_on]
         return _first_of_each(found, limit)
 
+    def why_missing(self, keys: bytes, at: Indices) -> Codes | None:
+        """A Why of each key, 0 for those that were located (at). None if all are 0."""
+        missing: Bools = np.ones(len(keys) // KEY_BYTES, np.bool_)
+        missing[at] = False
+        if not missing.any():
+            return None
+        codes = self._ghosts.why(*halves(keys))
+        codes *= missing
+        return codes if codes.any() else None
+
     def entries_of(self, listing: Listing) -> Rows:
         """A copy of the rows of a listing. Goes through all rows: for people and tests."""
         rows: Rows = self._rows.data[: self._rows.end]
@@ -221,6 +234,8 @@ class Catalogue:
             dead = standing == Standing.DROPPED
             dead |= (standing >= Standing.LAST) & (content["bytes"] == 0)
             listings = content["listing"][dead]
+            lost = standing == Standing.DROPPED
+            self._ghosts.note(content["low"][lost], content["high"][lost], Why.PEER_GONE)
             rows = (np.flatnonzero(dead) + start).astype(np.uint32)
             for number in np.unique(listings).tolist():
                 self._take_out(Listing(number), rows[listings == number])
@@ -391,11 +406,6 @@ class Catalogue:
         assert unswept == self._unswept, "the sweep looks for something else"
 
 
-def _halves(keys: bytes) -> tuple[U64, U64]:
-    halves = np.frombuffer(keys, "<u8").reshape(-1, 2)
-    return np.ascontiguousarray(halves[:, 0]), np.ascontiguousarray(halves[:, 1])
-
-
 def _key_hash(low: U64, high: U64) -> U64:
     """Keys are digests, so each half would do; in tests they are not."""
     return low ^ (high * SPREAD)
@@ -410,7 +420,7 @@ def _one_each(entries: Rows) -> Rows:
     """Without doubles of a key, of which the last one counts. Doubles are rare, so looking for
     them must be cheap: sorting 4,096 numbers takes 30 us.
     """
-    low, high = _halves(entries["key"].tobytes())
+    low, high = halves(entries["key"].tobytes())
     ordered = np.sort(low)
     if not (ordered[1:] == ordered[:-1]).any():
         return entries

@@ -53,6 +53,9 @@ class Changes:
     def is_add(self, key: BlockKey) -> bool:
         return key in self._adds
 
+    def is_remove(self, key: BlockKey) -> bool:
+        return key in self._removes
+
     def forget(self) -> None:
         """The directory is about to hear of everything that is READY now."""
         self._adds, self._removes, self._replacing = {}, {}, set()

@@ -92,6 +92,7 @@ class Clients:
         self._by_session: dict[int, Client] = {}
         self._free_rows = sorted(set(range(MAX_CLIENTS)) - {row.row for row in rows}, reverse=True)
         self._silent: Deadlines[ClientId] = Deadlines()
+        self.totals: dict[str, int] = {}  # what all engines have said, those that are gone too
         for row in rows:
             client = Client(row.client, row.row, row.role, row.engine_nonce, ClientState.LAPSED)
             self._by_id[client.client_id] = client
@@ -197,9 +198,10 @@ class Clients:
 
     def report(self, client: Client, counters: dict[str, int]) -> None:
         """Add up what an engine says of itself. Names beyond MAX_COUNTER_NAMES are not kept."""
-        for name, count in counters.items():
-            if name in client.counters or len(client.counters) < MAX_COUNTER_NAMES:
-                client.counters[name] = client.counters.get(name, 0) + count
+        for kept in (client.counters, self.totals):
+            for name, count in counters.items():
+                if name in kept or len(kept) < MAX_COUNTER_NAMES:
+                    kept[name] = kept.get(name, 0) + count
 
     def snapshot(self) -> list[dict[str, Any]]:
         return [

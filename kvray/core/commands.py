@@ -22,27 +22,11 @@ from kvray.core.effects import Effect, Place
 from kvray.core.header_runs import HeaderRuns, Offsets
 from kvray.core.ids import BlockKey, ClientId, Epoch, NodeId, OpId, ReadId, Role
 from kvray.core.messages import Announce, LocalAnswer, Locate, NodeHello, NodeInfo
+from kvray.core.reasons import MissReason
 
 Waiter = tuple[ClientId | Literal["node"], OpId]  # a Lookup of a client; the node itself
 Headers = npt.NDArray[Any]  # SLOT_HEADER_DTYPE rows
 NO_OFFSETS: Offsets = np.empty(0, np.uint64)
-
-
-class MissReason(Enum):
-    """Why a key that somebody asked for was not there. For people and metrics."""
-
-    NEVER_SEEN = "never_seen"  # neither here nor listed in the directory
-    BEHIND = "behind"  # behind the first miss of its prefix run: nobody looked for it
-    DEADLINE = "deadline"  # it may have been on its way
-    PEER_FAILED = "peer_failed"  # its last source failed, or is avoided since it did
-    STALE = "stale"  # its last source does not hold it (any more)
-    NO_SLOT = "no_slot"  # found, but the slab had no slot for it
-    DIRECTORY_SILENT = "directory_silent"
-    OVERLOADED = "overloaded"  # a limit: blocks in flight, unended reads, pins, waiting lookups
-    OTHER_SIZE = "other_size"  # listed with other bytes than wanted
-    WRITER_FAILED = "writer_failed"  # the local engine that was writing it gave up
-    LOCAL_ONLY = "local_only"  # the lookup did not want a fetch
-    BELOW_BREAK_EVEN = "below_break_even"  # computing it is quicker: too short, too slow a link
 
 
 class ReadKind(Enum):

@@ -192,11 +192,13 @@ class DirectoryCore:
         for name in ("slot", "bytes", "generation"):
             locations[name] = rows[name]
         members = [self._shown[Listing(listing)] for listing in listings]
+        gone = self._catalogue.why_missing(locate.keys, at)
         return LocateReply(
             term=self._term,
             nodes=[member.node_id for member in members],
             epochs=[member.epoch for member in members],
             locations=locations.tobytes(),
+            gone=b"" if gone is None else gone.tobytes(),
         )
 
     def on_tick(self, now_ms: int) -> None:

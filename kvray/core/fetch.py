@@ -29,7 +29,6 @@ from kvray.core.commands import (
     CommitTargets,
     FetchCommand,
     Headers,
-    MissReason,
     PeerFailed,
     ReadKind,
     ReleaseTargets,
@@ -37,11 +36,13 @@ from kvray.core.commands import (
     Waiter,
 )
 from kvray.core.effects import Place
+from kvray.core.ghosts import Why
 from kvray.core.ids import BlockKey, NodeId, ReadId
 from kvray.core.locates import Locates
 from kvray.core.messages import Grant, NodeInfo
 from kvray.core.peers import Peer, Source
 from kvray.core.reads import Fetch, FetchLimits, FetchState, Read, Reads, proofs, targets_of
+from kvray.core.reasons import MissReason
 from kvray.core.turns import Turns, settle
 from kvray.core.waits import Waits
 
@@ -54,6 +55,9 @@ _UNASKED = frozenset(
     {FetchState.LOCATING, FetchState.QUEUED, FetchState.RESERVING, FetchState.RESERVED}
 )
 
+# By ghosts.Why.
+_GONE = (MissReason.NEVER_SEEN, MissReason.EVICTED, MissReason.PEER_GONE)
+assert len(_GONE) == len(Why)
 _PLACED = frozenset({FetchState.RESERVED, FetchState.READING, FetchState.VERIFYING})
 
 
@@ -74,12 +78,18 @@ class FetchCore:
         self._turns = Turns(self._limits)
         self._reads = Reads(self._limits)
         self._peers: dict[NodeId, Peer] = {}
+        self._has_lost = False
         self._commands: list[FetchCommand] = []
         self._counters = dict.fromkeys(("fetched_blocks", "fetched_bytes", "stale_blocks"), 0)
 
     @property
     def has_peers(self) -> bool:
         return bool(self._peers)
+
+    @property
+    def has_lost_peers(self) -> bool:
+        """Whether there are none now, and were some."""
+        return self._has_lost and not self._peers
 
     @property
     def is_clogged(self) -> bool:
@@ -167,16 +177,23 @@ class FetchCore:
     # -- what the steps report -------------------------------------------------------------------
 
     def on_located(
-        self, locate_id: int, found: Sequence[Sequence[Source]], *, now_ms: int
+        self,
+        locate_id: int,
+        found: Sequence[Sequence[Source]],
+        *,
+        gone: bytes = b"",
+        now_ms: int,
     ) -> list[FetchCommand]:
-        """found: for each key of the AskDirectory its sources, preferred ones first. An answer
-        that comes after its deadline is ignored.
+        """found: for each key of the AskDirectory its sources, preferred ones first. gone: for each
+        key a ghosts.Why, or nothing. An answer that comes after its deadline is ignored.
         """
         fetches = self._locates.take_answered(locate_id, now_ms)
         rates = {peer: peer.rate.bytes_per_ms(now_ms) for peer in self._peers.values()}
-        for fetch, sources in zip(fetches, found if fetches else (), strict=True):
+        gone = gone if len(gone) == len(fetches) else bytes(len(fetches))
+        for fetch, sources, why in zip(fetches, found if fetches else (), gone, strict=True):
             if fetch.state is FetchState.LOCATING:
-                fetch.sources, fetch.reason = self._believable(fetch, sources, rates)
+                reason = _GONE[why]
+                fetch.sources, fetch.reason = self._believable(fetch, sources, rates, reason)
                 self._queue(fetch)
         return self._take()
 
@@ -196,10 +213,10 @@ class FetchCore:
                 if isinstance(target, Place):
                     spare.append(target)
             elif not isinstance(target, Place):
-                self._end(fetch, None if target is Grant.PRESENT else MissReason.NO_SLOT)
+                self._end(fetch, None if target is Grant.PRESENT else MissReason.SLAB_FULL)
             elif is_lost:
                 spare.append(target)
-                self._try_next(fetch, MissReason.PEER_FAILED)
+                self._try_next(fetch, MissReason.PEER_GONE)
             else:
                 fetch.target = target
                 batch.append(fetch)
@@ -250,7 +267,7 @@ class FetchCore:
             self._counters["stale_blocks"] += len(stale)
             self._commands.append(ReleaseTargets(targets_of(stale)))
         for fetch in stale:
-            self._try_next(fetch, MissReason.STALE)
+            self._try_next(fetch, MissReason.EVICTED)
         return self._take()
 
     def on_roster(self, nodes: Mapping[NodeId, NodeInfo], *, now_ms: int) -> list[FetchCommand]:
@@ -262,12 +279,13 @@ class FetchCore:
             if info is not None and info.epoch == peer.epoch:
                 continue
             del self._peers[peer.node_id]
+            self._has_lost = True
             for read in self._reads.of_peer(peer):
                 self._commands.extend(self._reads.abandon(read, now_ms=now_ms))
                 for fetch in read.fetches:
-                    self._try_next(fetch, MissReason.PEER_FAILED)
+                    self._try_next(fetch, MissReason.PEER_GONE)
             for fetch in self._take_turns(peer):
-                self._try_next(fetch, MissReason.PEER_FAILED)
+                self._try_next(fetch, MissReason.PEER_GONE)
         for node_id, info in nodes.items():
             if node_id not in self._peers:
                 self._peers[node_id] = Peer(info, rate_sample_bytes=self._limits.rate_sample_bytes)
@@ -305,7 +323,7 @@ class FetchCore:
                 if self._reads.may_ask(peer, now_ms)
             }
             for fetch in self._turns.plan(peers, now_ms):
-                self._end(fetch, MissReason.PEER_FAILED)
+                self._end(fetch, MissReason.PEER_GONE)
         if not self._waits.has_missed:
             self._read(now_ms)
             self._reserve()
@@ -348,7 +366,7 @@ class FetchCore:
         if avoid_ms := peer.fail(now_ms):
             self._commands.append(PeerFailed(peer.node_id, peer.epoch, avoid_ms, reason))
         for fetch in (*read.fetches, *self._take_turns(peer)):
-            self._try_next(fetch, MissReason.PEER_FAILED)
+            self._try_next(fetch, MissReason.PEER_GONE)
 
     def _take_turns(self, peer: Peer) -> list[Fetch]:
         """What waits for its turn at a peer that is not to be asked; its slots are given away."""
@@ -393,19 +411,25 @@ class FetchCore:
     # -- private ---------------------------------------------------------------------------------
 
     def _believable(
-        self, fetch: Fetch, sources: Sequence[Source], rates: Mapping[Peer, float | None]
+        self,
+        fetch: Fetch,
+        sources: Sequence[Source],
+        rates: Mapping[Peer, float | None],
+        reason: MissReason,
     ) -> tuple[list[Source], MissReason]:
-        """The sources that can be tried and pay, one a peer; and the reason if there are none."""
-        reason = MissReason.STALE if sources else MissReason.NEVER_SEEN
+        """The sources that can be tried and pay, one a peer; and the reason if there are none:
+        the given one, if nothing is wrong with any.
+        """
         believable: dict[NodeId, Source] = {}
         for source in sources:
             peer = self._peers.get(source.node_id)
             if peer is None or peer.epoch != source.epoch:
+                reason = MissReason.PEER_GONE
                 continue
             if source.bytes != fetch.bytes:
                 reason = MissReason.OTHER_SIZE
             elif not peer.can_hold(source):
-                continue
+                reason = MissReason.EVICTED  # nobody's block lies there
             elif not source_pays(fetch.bytes, peer.outstanding_bytes, fetch.worth, rates[peer]):
                 reason = MissReason.BELOW_BREAK_EVEN
             else:

@@ -103,7 +103,7 @@ class Fetching:
             if key_index < key_count:
                 source = Source(nodes[node], epochs[node], slot, generation, block_bytes)
                 found[key_index].append(source)
-        self.do(self._fetch.on_located(locate_id, found, now_ms=now_ms), now_ms)
+        self.do(self._fetch.on_located(locate_id, found, gone=reply.gone, now_ms=now_ms), now_ms)
         return True
 
     # -- doing -----------------------------------------------------------------------------------

@@ -4,10 +4,10 @@ from typing import cast
 
 import msgspec
 
-from kvray.core.commands import MissReason
 from kvray.core.fetch import FetchCore
 from kvray.core.ids import BlockKey
 from kvray.core.messages import KeyState, Lookup
+from kvray.core.reasons import MissReason
 from kvray.core.slots import Block
 from kvray.core.store import StoreCore
 
@@ -15,6 +15,8 @@ _HIT, _MISS, _WAIT = int(KeyState.HIT), int(KeyState.MISS), int(KeyState.WAIT)
 
 # Nothing is waited for then, not even what is on its way already.
 _NO_WAIT = (MissReason.OVERLOADED, MissReason.LOCAL_ONLY)
+# There is nobody to ask.
+_NOWHERE = (MissReason.NEVER_SEEN, MissReason.PEER_GONE)
 
 
 class Run(msgspec.Struct, frozen=True, gc=False):
@@ -47,6 +49,7 @@ class Look:
         "_keys",
         "_no_fetch",
         "_store",
+        "causes",
         "misses",
         "states",
         "wants",
@@ -69,24 +72,30 @@ class Look:
         self.writes: list[int] = []  # being written by an engine
         self.wants: list[int] = []  # being fetched, or to be
         self.misses: dict[MissReason, int] = {}
+        self.causes: dict[int, MissReason] = {}  # of the first miss of each run
         self._awaited: set[BlockKey] = set()
 
     def run(self, run: Run) -> None:
         states, slot_bytes = self.states, run.slot_bytes
         index = run.start
+        has_cause = False
         for block in self._blocks[run.start : run.stop]:
             if block is None or block.ready_bytes != slot_bytes:
                 reason = self._absent(index, is_here=block is not None and block.ready_bytes > 0)
                 if reason is None:
                     states[index] = _WAIT
-                elif run.is_prefix:
+                    index += 1
+                    continue
+                if not has_cause:
+                    self.causes[index] = reason
+                    has_cause = True
+                if run.is_prefix:
                     self._count(reason, 1)
                     self._count(MissReason.BEHIND, run.stop - index - 1)
                     states[index : run.stop] = bytes(run.stop - index)
                     return
-                else:
-                    self._count(reason, 1)
-                    states[index] = _MISS
+                self._count(reason, 1)
+                states[index] = _MISS
             index += 1
 
     def hits(self) -> list[int]:
@@ -110,6 +119,11 @@ class Look:
         """What the run wants is not fetched: misses, and in a prefix run all that waits behind."""
         refused = set(self.wants_of(run))
         self._count(reason, len(refused))
+        for index in [index for index in self.causes if run.start <= index < run.stop]:
+            if index > min(refused):
+                del self.causes[index]
+        if not any(run.start <= index < run.stop for index in self.causes):
+            self.causes[min(refused)] = reason
         behind: set[int] = set()
         if run.is_prefix:
             behind = {index for index in self.writes if min(refused) < index < run.stop}
@@ -122,6 +136,7 @@ class Look:
     def spoil(self) -> None:
         """Nothing of it counts."""
         self._count(MissReason.OVERLOADED, len(self.states) - self.states.count(_MISS))
+        self.causes = {0: MissReason.OVERLOADED} if self.states else {}
         self.states = bytearray(len(self.states))
         self.writes.clear()
         self.wants.clear()
@@ -137,6 +152,8 @@ class Look:
             return MissReason.BEHIND  # named twice, and waited for once
         if key in self._fetch or not self._store.is_writing(key):
             if key not in self._fetch and self._no_fetch is not None:
+                if self._no_fetch in _NOWHERE and self._store.was_evicted(key):
+                    return MissReason.EVICTED
                 return self._no_fetch
             self.wants.append(index)
         else:

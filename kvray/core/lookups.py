@@ -24,7 +24,6 @@ from kvray.core.commands import (
     Coming,
     FetchCommand,
     Missed,
-    MissReason,
     Send,
     Waiter,
 )
@@ -32,6 +31,7 @@ from kvray.core.fetch import FetchCore
 from kvray.core.ids import BlockKey, ClientId, OpId
 from kvray.core.look import Look, Run, runs_of
 from kvray.core.messages import KeyState, Lookup, LookupReply, LookupUpdate
+from kvray.core.reasons import MissReason
 from kvray.core.store import StoreCore
 from kvray.core.waits import Waits
 
@@ -54,6 +54,7 @@ class _Lookup(msgspec.Struct, eq=False):
     deadline_ms: int
     is_answered: bool = False  # the LookupReply is out: the rest goes into LookupUpdates
     changed: set[int] = set()  # other than what was told last
+    causes: dict[int, MissReason] = {}  # of misses that have not been told
 
     @property
     def waiter(self) -> Waiter:
@@ -111,7 +112,7 @@ class Lookups:
         for reason, count in look.misses.items():
             self.misses[reason] += count
         if not look.writes and not look.wants:
-            return LookupReply(message.op, bytes(look.states), b"".join(slots)), []
+            return LookupReply(message.op, bytes(look.states), b"".join(slots), look.causes), []
         deadline_ms = now_ms + min(message.deadline_ms, MAX_WAIT_MS)
         lookup = _Lookup(
             client_id,
@@ -122,6 +123,7 @@ class Lookups:
             {keys[i]: i for i in sorted((*look.writes, *look.wants))},
             dict(zip(look.hits(), slots, strict=True)),
             deadline_ms,
+            causes=look.causes,
         )
         self.counters["waits"] += len(lookup.waiting)
         self._waiting[waiter] = self._untold[waiter] = lookup
@@ -272,8 +274,12 @@ class Lookups:
         """The key is a miss; in a prefix run so is everything behind it that is waited for."""
         index = lookup.waiting.pop(key)
         self._note_miss(lookup, index)
+        if reason is MissReason.NEVER_SEEN and self._store.was_evicted(key):
+            reason = MissReason.EVICTED
         self.misses[reason] += 1
         run = lookup.run_of(index)
+        if not any(run.start <= at < index for at in lookup.causes):
+            lookup.causes[index] = reason
         if not run.is_prefix:
             return
         behind = {k: i for k, i in lookup.waiting.items() if index < i < run.stop}
@@ -340,10 +346,11 @@ def _message(lookup: _Lookup) -> LookupReply | LookupUpdate:
     """What there is to tell of a lookup, which is told then."""
     slots = b"".join(lookup.slots[i] for i in sorted(lookup.slots))
     lookup.slots = {}
+    causes, lookup.causes = lookup.causes, {}
     if not lookup.is_answered:
         lookup.is_answered = True
-        return LookupReply(lookup.op, bytes(lookup.states), slots)
+        return LookupReply(lookup.op, bytes(lookup.states), slots, causes)
     indices = sorted(lookup.changed)
     lookup.changed = set()
     states = bytes(lookup.states[i] for i in indices)
-    return LookupUpdate(lookup.op, indices, states, slots)
+    return LookupUpdate(lookup.op, indices, states, slots, causes)

@@ -26,6 +26,7 @@ import msgspec
 import numpy as np
 
 from kvray.core.ids import ClientId, Epoch, Namespace, NodeId, OpId, Role, SlabId, Term
+from kvray.core.reasons import MissReason
 
 MAX_KEYS_PER_MESSAGE = 1_024  # 20 bytes a key back: well below the 200 KiB of a SEQPACKET message
 MAX_MESSAGE_BYTES = 200 * 1024  # SO_SNDBUF is 212,992 by default; 208 KiB is EMSGSIZE
@@ -133,17 +134,23 @@ class Lookup(msgspec.Struct, frozen=True, tag="lookup"):
     key_compute_us: int = 0  # in which the engine computes one block; 0: it has not measured yet
 
 
-class LookupReply(msgspec.Struct, frozen=True, tag="lookup_reply"):
+class LookupReply(msgspec.Struct, frozen=True, tag="lookup_reply", omit_defaults=True):
+    """causes: of the first MISS in each run its index and its MissReason."""
+
     op: OpId
     states: bytes  # one KeyState a key
     slots: bytes  # SLOT_DTYPE rows, one for each HIT or COMING in order
+    causes: dict[int, MissReason] = {}
 
 
-class LookupUpdate(msgspec.Struct, frozen=True, tag="lookup_update"):
+class LookupUpdate(msgspec.Struct, frozen=True, tag="lookup_update", omit_defaults=True):
+    """causes: as in LookupReply, of the misses of this update."""
+
     op: OpId
     indices: list[int]  # into the keys of the Lookup
     states: bytes  # HIT, MISS or COMING for each index
     slots: bytes  # SLOT_DTYPE rows, one for each HIT or COMING in order
+    causes: dict[int, MissReason] = {}
 
 
 class Unpin(msgspec.Struct, frozen=True, tag="unpin"):
@@ -296,12 +303,15 @@ class Locate(msgspec.Struct, frozen=True, tag="locate"):
 
 
 class LocateReply(msgspec.Struct, frozen=True, tag="locate_reply"):
-    """nodes: the sources named by `locations`, whose node column indexes this list."""
+    """nodes: the sources named by `locations`, whose node column indexes this list.
+    gone: a ghosts.Why of each key; empty if nothing is known of those that are nowhere.
+    """
 
     term: Term
     nodes: list[NodeId]
     epochs: list[Epoch]
     locations: bytes  # LOCATION_DTYPE rows, ordered by key_index
+    gone: bytes = b""
 
 
 LocalRequest = Hello | Lookup | Unpin | Reserve | Commit | Abandon | Report | Bye

@@ -23,7 +23,6 @@ from kvray.core.commands import (
     Drop,
     Headers,
     Log,
-    MissReason,
     NodeCommand,
     Restart,
     Send,
@@ -53,6 +52,7 @@ from kvray.core.messages import (
     Reserve,
     Unpin,
 )
+from kvray.core.reasons import MissReason
 from kvray.core.store import StoreCore
 from kvray.core.storing import Storing
 from kvray.core.takeover import TakeOvers
@@ -230,7 +230,9 @@ class NodeCore:
         if not self._announcing.is_reachable(now_ms):
             no_fetch = MissReason.DIRECTORY_SILENT
         elif not self._fetch.has_peers:
-            no_fetch = MissReason.NEVER_SEEN
+            # Nobody is asked, so nobody knows whether those who have left had it.
+            has_lost = self._fetch.has_lost_peers
+            no_fetch = MissReason.PEER_GONE if has_lost else MissReason.NEVER_SEEN
         reply, commands = self._lookups.begin(
             client.client_id, session_id, message, no_fetch=no_fetch, now_ms=now_ms
         )
@@ -376,6 +378,7 @@ class NodeCore:
             "is_draining": self._storing.is_draining,
             "announcing": self._announcing.snapshot(),
             "clients": self._clients.snapshot(),
+            "engine_totals": dict(self._clients.totals),
         }
 
     def check(self) -> None:

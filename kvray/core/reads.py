@@ -24,7 +24,6 @@ from kvray.core.commands import (
     NO_OFFSETS,
     AbandonRead,
     Headers,
-    MissReason,
     PostRead,
     QuarantineTargets,
     ReadKind,
@@ -38,6 +37,7 @@ from kvray.core.layout import HEADER_BYTES
 from kvray.core.messages import MAX_LOCATE_KEYS
 from kvray.core.peers import Peer, Source
 from kvray.core.planner import FETCH_BATCH_BYTES, MAX_BATCH_BLOCKS
+from kvray.core.reasons import MissReason
 
 Bools = npt.NDArray[np.bool_]
 

@@ -21,6 +21,7 @@ from typing import Any, Final
 from kvray.core.adoption import Table
 from kvray.core.effects import Effect, MarkGeneration, Place, WriteExtent, WriteHeader
 from kvray.core.eviction import Policy, Segmented
+from kvray.core.ghosts import NODE_GHOSTS, Ghosts, Why, halves
 from kvray.core.ids import BlockKey, ClientId, Generation, Origin, SlotIndex
 from kvray.core.layout import Geometry, aligned
 from kvray.core.messages import Grant
@@ -78,6 +79,7 @@ class StoreCore:
         self._reservations: dict[Holder, dict[SlotIndex, Block]] = {}
         self._reservation_count = 0
         self._quarantine: dict[SlotIndex, Block] = {}
+        self._ghosts = Ghosts(NODE_GHOSTS)
 
     # -- restart ---------------------------------------------------------------------------------
 
@@ -396,7 +398,14 @@ class StoreCore:
 
     def drain_changes(self, max_changes: int) -> tuple[list[Place], list[BlockKey]]:
         """What the directory has not heard, at most so many: blocks added, keys removed."""
-        return self._slots.changes.drain(max_changes)
+        adds, removes = self._slots.changes.drain(max_changes)
+        if removes:
+            self._ghosts.note(*halves(b"".join(removes)), Why.EVICTED)
+        return adds, removes
+
+    def was_evicted(self, key: BlockKey) -> bool:
+        """Whether it was READY here not long ago, as far as anybody remembers."""
+        return self._slots.changes.is_remove(key) or bool(self._ghosts.why(*halves(key))[0])
 
     def take_doubtful(self, max_keys: int) -> list[BlockKey]:
         """Blocks that go soon, if something had to go since the last call: of which it matters

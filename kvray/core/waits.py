@@ -9,10 +9,11 @@ A waiter is a Lookup. It has one deadline for all its keys, and exists here as l
 from collections.abc import Iterable
 from typing import Any
 
-from kvray.core.commands import Arrived, Coming, Missed, MissReason, Waiter
+from kvray.core.commands import Arrived, Coming, Missed, Waiter
 from kvray.core.deadlines import Deadlines
 from kvray.core.effects import Place
 from kvray.core.ids import BlockKey
+from kvray.core.reasons import MissReason
 
 
 class Waits:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from kvray.core.ghosts import Why
 from kvray.core.ids import KEY_BYTES, NAMESPACE_BYTES, SLAB_ID_BYTES, Origin
 from kvray.core.layout import MAX_EXTENT_BYTES, Geometry
 from kvray.core.messages import (
@@ -66,7 +67,7 @@ MAX_U64 = 2**64 - 1
 MAX_U32 = 2**32 - 1
 
 # Made once: an enum is slow to go through, and these are looked at in each message of an engine.
-_STATES, _GRANTS = bytes(KeyState), bytes(Grant)
+_STATES, _GRANTS, _WHYS = bytes(KeyState), bytes(Grant), bytes(Why)
 _CHANGED = bytes([KeyState.HIT, KeyState.MISS, KeyState.COMING])
 _HIT, _COMING, _GRANTED = int(KeyState.HIT), int(KeyState.COMING), int(Grant.GRANTED)
 _SLOT_BYTES = SLOT_DTYPE.itemsize
@@ -188,6 +189,9 @@ def _check_lookup_reply(m: LookupReply) -> None:
     _number("op", m.op, MAX_U64)
     _codes("states", m.states, _STATES)
     _slots(m.slots, _placed(m.states))
+    if m.causes:
+        _number("causes", min(m.causes), len(m.states) - 1)
+        _number("causes", max(m.causes), len(m.states) - 1)
 
 
 def _check_lookup_update(m: LookupUpdate) -> None:
@@ -199,6 +203,7 @@ def _check_lookup_update(m: LookupUpdate) -> None:
         _number("indices", min(m.indices), MAX_KEYS_PER_MESSAGE - 1)
         _number("indices", max(m.indices), MAX_KEYS_PER_MESSAGE - 1)
     _require(len(set(m.indices)) == len(m.indices), "indices names a key twice")
+    _require(m.causes.keys() <= set(m.indices), "causes names a key that is not settled")
     _slots(m.slots, _placed(m.states))
 
 
@@ -335,6 +340,9 @@ def _check_locate_reply(m: LocateReply) -> None:
         _require(bool(in_order), "locations is not in the order of the keys")
         _require(int(rows["node"].max()) < len(m.nodes), "locations names an unknown node")
         _require(bool((rows["bytes"] > 0).all()), "locations has a block of 0 bytes")
+    if len(m.gone) > MAX_LOCATE_KEYS:
+        raise RemoteProtocolError(f"gone has {len(m.gone)} codes; at most {MAX_LOCATE_KEYS}")
+    _require(not m.gone.translate(None, _WHYS), "gone has an unknown code")
 
 
 _CHECKS: Final[dict[type, Callable[[Any], None]]] = {

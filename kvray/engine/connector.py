@@ -149,10 +149,23 @@ class KVRayConnector(OffloadingConnector):
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         self._begin_lookup(request, num_computed_tokens)
+        self.lookups.note_device_tokens(request.request_id, num_computed_tokens)
         answer: tuple[int | None, bool] = super().get_num_new_matched_tokens(
             request, num_computed_tokens
         )
         return answer
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        self._count(request, num_external_tokens)
+
+    @guarded(nothing)
+    def _count(self, request: Any, external_tokens: int) -> None:
+        self.lookups.admitted(
+            request.request_id,
+            prompt_tokens=request.num_prompt_tokens,
+            external_tokens=external_tokens,
+        )
 
     @guarded(nothing)
     def _begin_early(self, request: Any) -> None:

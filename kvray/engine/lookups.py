@@ -39,11 +39,13 @@ from kvray.config import EngineConfig
 from kvray.core.ids import BlockKey, Namespace, SlabId
 from kvray.core.keys import block_keys
 from kvray.core.messages import Grant, KeyState
+from kvray.core.reasons import MissReason
 from kvray.engine import versions
 from kvray.engine.guard import guarded, nothing
 from kvray.engine.jobs import SlotSpec
 from kvray.engine.namespace import digest, renewed
 from kvray.engine.prefill_rate import PrefillRate
+from kvray.engine.sources import Prompt, TokenCounts, cause_of, failure_of
 from kvray.node.client import NodeClient, Ticket
 
 logger = logging.getLogger("kvray.engine")
@@ -97,6 +99,7 @@ class RequestView:
     postponed_steps: int = 0  # since its last store
     postponed_chunks: int = 0  # offered, not stored, to be offered again
     early: bool = False  # its ticket is from before the scheduler asked
+    prompt: Prompt = field(default_factory=Prompt)
 
     def is_outdated(self, runs: Sequence[Run]) -> bool:
         """Whether an early answer may not be the best that there is by now: somebody may have
@@ -126,8 +129,6 @@ class Lookups(OffloadingManager):
         self._with_ticket: dict[str, RequestView] = {}
         self.counters: dict[str, int] = dict.fromkeys(
             (
-                "hit_tokens_local",
-                "hit_tokens_peer",
                 "loaded_bytes",
                 "stored_chunks",
                 "stored_bytes",
@@ -142,6 +143,8 @@ class Lookups(OffloadingManager):
             ),
             0,
         )
+        chunk_tokens = min(self._tokens_per_chunk.values(), default=1)
+        self._tokens = TokenCounts(self.counters, chunk_tokens=chunk_tokens)
 
     def open(self, client: NodeClient, fields: Mapping[str, Any]) -> None:
         """The connector's part of the construction, since vLLM makes this object by itself.
@@ -172,6 +175,7 @@ class Lookups(OffloadingManager):
             view.salt = salt
             if not shareable:
                 view.access = Access.BARRED
+                view.prompt.why = MissReason.BYPASSED
 
     def begin(self, req_id: str, runs: Sequence[Run], *, early: bool = False) -> None:
         """Ask for all keys of a request at once; idempotent until its ticket ends. early: before
@@ -208,6 +212,10 @@ class Lookups(OffloadingManager):
         if ticket is None:
             if not early:
                 view.access = Access.MISSING
+                is_there = self._client.session is not None
+                view.prompt.why = (
+                    MissReason.NODE_STORE_SLOW if is_there else MissReason.NO_NODE_STORE
+                )
             return
         view.ticket = ticket
         view.early = early
@@ -245,6 +253,7 @@ class Lookups(OffloadingManager):
         self._end_hold(view)
         # Whatever has arrived by now counts; the rest of this request is computed.
         view.access = Access.MISSING
+        view.prompt.why = MissReason.DEADLINE
         self.counters["expired_lookups"] += 1
         return LookupResult.MISS
 
@@ -284,6 +293,7 @@ class Lookups(OffloadingManager):
         ticket, slot_bytes = view.ticket, self.slot_bytes
         session = self._client.session
         view.loading = True
+        view.prompt.peer_chunk_tokens = 0
         if ticket is None or slot_bytes is None or session is None:
             return SlotSpec.void()
         wait_ms = 0
@@ -301,9 +311,8 @@ class Lookups(OffloadingManager):
             block_key_list.append(ticket.keys[index])
             places.append(place)
             sizes.append(slot_bytes[group])
-            source = "hit_tokens_peer" if ticket.from_peer(index) else "hit_tokens_local"
-            if group == min(slot_bytes):  # tokens once, not once a group
-                self.counters[source] += self._tokens_per_chunk[group]
+            if group == min(slot_bytes) and ticket.from_peer(index):  # once, not once a group
+                view.prompt.peer_chunk_tokens += self._tokens_per_chunk[group]
         self.counters["loaded_bytes"] += sum(sizes)
         self.counters["early_loads"] += wait_ms > 0
         return SlotSpec.of(ticket.slab_id, block_key_list, places, sizes, wait_ms=wait_ms)
@@ -322,6 +331,7 @@ class Lookups(OffloadingManager):
     def load_ended(self, req_id: str, view: RequestView, *, failed: bool) -> None:
         """Every rank has reported the load; its slots are no longer read."""
         view.loading = False
+        self._tokens.load_ended(view.prompt, failure_of(view.ticket) if failed else None)
         if failed:
             self.counters["failed_loads"] += 1
             if view.access is Access.OPEN:
@@ -329,6 +339,37 @@ class Lookups(OffloadingManager):
         self._release(req_id, view)
         if view.finished and self._requests.get(req_id) is view:
             del self._requests[req_id]
+
+    # ---- where its tokens come from
+
+    def note_device_tokens(self, req_id: str, tokens: int) -> None:
+        """The scheduler is about to find a place for the request."""
+        view = self._requests.get(req_id)
+        if view is not None:
+            view.prompt.device_tokens = tokens
+
+    def admitted(self, req_id: str, *, prompt_tokens: int, external_tokens: int) -> None:
+        """It has found one; external_tokens: that vLLM has asked kvray to load for it."""
+        view = self._requests.get(req_id)
+        if view is not None:
+            self._tokens.admitted(
+                view.prompt,
+                prompt_tokens=prompt_tokens,
+                external_tokens=external_tokens,
+                reason=self._reason(view),
+            )
+
+    def _reason(self, view: RequestView) -> MissReason:
+        if view.access is Access.BARRED or self.slot_bytes is None or self.draining:
+            return MissReason.BYPASSED
+        if view.prompt.why is not None:
+            return view.prompt.why
+        return MissReason.BYPASSED if view.ticket is None else cause_of(view.ticket)
+
+    def _report(self) -> None:
+        """To the NodeStore, which adds up what its engines say."""
+        if self._client.session is not None and (grown := self._tokens.take_grown()):
+            self._client.report(grown)
 
     def view_of(self, req_id: str) -> RequestView | None:
         return self._requests.get(req_id)
@@ -423,6 +464,7 @@ class Lookups(OffloadingManager):
         if not view.loading:
             self._release(req_context.req_id, view)
             del self._requests[req_context.req_id]
+        self._report()
 
     def renew(self, nonce: str | None = None, *, tainted: bool) -> None:
         """The weights are about to change: from here on this engine's blocks have other names.

@@ -426,7 +426,7 @@ class NodeClient:
                 self._heard_lookup(message)
             case LookupUpdate():
                 if (page := self._lookups.get(message.op)) is not None:  # else unpinned meanwhile
-                    page.update(message.indices, message.states, message.slots)
+                    page.update(message.indices, message.states, message.slots, message.causes)
                     self._forget_if_done(message.op, page)
             case ReserveReply():
                 self._heard_reserve(connection.session.slab_id, message)
@@ -443,7 +443,7 @@ class NodeClient:
             self.counters["late_answers"] += 1
         if page is None:
             return  # unpinned meanwhile, and that is said in the outbox
-        page.answer(reply.states, reply.slots)
+        page.answer(reply.states, reply.slots, reply.causes)
         if reply.states.count(_MISS) == len(reply.states):
             page.ticket.ops.remove(reply.op)  # nothing is pinned for it, and nothing will be
         self._forget_if_done(reply.op, page)

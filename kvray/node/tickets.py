@@ -11,7 +11,7 @@ clock here.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -23,6 +23,7 @@ from kvray.core.codec import unpack_slots
 from kvray.core.ids import BlockKey, OpId, SlabId
 from kvray.core.layout import Geometry
 from kvray.core.messages import MAX_KEYS_PER_MESSAGE, SLOT_DTYPE, Grant, KeyState
+from kvray.core.reasons import MissReason
 from kvray.errors import RemoteProtocolError
 
 Place = tuple[int, int, int]  # slot, generation, offset from the start of the slab
@@ -50,6 +51,7 @@ class Ticket:
         "_places",
         "_released",
         "answered",
+        "causes",
         "keys",
         "lost",
         "ops",
@@ -64,6 +66,7 @@ class Ticket:
         self.states = bytearray(_ALL_WAIT) * len(self.keys)
         self.answered = not self.keys  # something was said of each key, if only WAIT
         self.lost = False
+        self.causes: dict[int, MissReason] = {}  # why the first keys that are a MISS are one
         self._packed: list[tuple[int, bytes, bytes]] = []  # what `place` has still to unpack
         self._places: dict[int, Place] = {}
         self._from_peer: set[int] = set()
@@ -224,17 +227,26 @@ class LookupPage(msgspec.Struct, eq=False):
     def done(self) -> bool:
         return self.answered and not self.waiting
 
-    def answer(self, states: bytes, slots: bytes) -> None:
+    def answer(
+        self, states: bytes, slots: bytes, causes: Mapping[int, MissReason] | None = None
+    ) -> None:
         """Raises RemoteProtocolError if this can not be the answer to what was asked."""
         count = self.cut.stop - self.cut.start
         if self.answered or len(states) != count:
             raise RemoteProtocolError(f"{len(states)} states answer a lookup of {count} keys")
         _require_payload(slots, self.cut.sizes_where(states, *_PLACED), self.geometry)
         self.ticket.put(self.cut.start, states, slots)
+        self._note(causes)
         self.waiting = _count_waiting(states)
         self.answered = self.ticket.answered = True
 
-    def update(self, indices: Sequence[int], states: bytes, slots: bytes) -> None:
+    def update(
+        self,
+        indices: Sequence[int],
+        states: bytes,
+        slots: bytes,
+        causes: Mapping[int, MissReason] | None = None,
+    ) -> None:
         """Raises RemoteProtocolError as answer does."""
         if not self.answered:
             raise RemoteProtocolError("an update came before the answer")
@@ -248,6 +260,12 @@ class LookupPage(msgspec.Struct, eq=False):
             place = None if state == _MISS else next(places)
             self.ticket.change(start + i, state, place)
         self.waiting -= len(indices) - _count_waiting(states)
+        self._note(causes)
+
+    def _note(self, causes: Mapping[int, MissReason] | None) -> None:
+        """causes: by index into the keys of this page."""
+        for index, reason in (causes or {}).items():
+            self.ticket.causes[self.cut.start + index] = reason
 
     def give_up(self) -> None:
         """The NodeStore will say nothing more about this page."""

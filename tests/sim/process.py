@@ -12,7 +12,6 @@ from kvray.core.commands import (
     AbandonRead,
     CallDirectory,
     Drop,
-    MissReason,
     NodeCommand,
     PostRead,
     Restart,
@@ -34,6 +33,7 @@ from kvray.core.messages import (
     LookupUpdate,
     Unpin,
 )
+from kvray.core.reasons import MissReason
 from tests.shells import Shell
 from tests.sim.link import Transfer
 from tests.sim.profile import ANNOUNCING_LIMITS, FETCH_LIMITS

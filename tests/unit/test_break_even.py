@@ -17,9 +17,9 @@ from kvray.core.break_even import (
     chain_pays,
     source_pays,
 )
-from kvray.core.commands import MissReason
 from kvray.core.fetch import FetchLimits
 from kvray.core.peers import Peer
+from kvray.core.reasons import MissReason
 from tests.fetching import BLOCK_BYTES, FetchWorld, key, node_info, waiter
 from tests.nodes import Cluster, Engine
 

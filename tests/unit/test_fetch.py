@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import pytest
 
-from kvray.core.commands import AskDirectory, Missed, MissReason, ReadKind
+from kvray.core.commands import AskDirectory, Missed, ReadKind
 from kvray.core.fetch import FetchLimits, Source
 from kvray.core.ids import BlockKey, Epoch, Generation, NodeId, SlotIndex, SlotState
+from kvray.core.reasons import MissReason
 from tests.fetching import BLOCK_BYTES, FetchWorld, Target, key, node_info, waiter
 
 A, B, C = key(1), key(2), key(3)
@@ -54,7 +55,7 @@ def test_a_read_that_overlaps_a_rewrite_does_not_count() -> None:
     world.fill("peer", 7, B, generation=2)  # the owner has evicted it meanwhile
     world.end_read()
 
-    assert world.missed == [(ME, A, MissReason.STALE)]
+    assert world.missed == [(ME, A, MissReason.EVICTED)]
     assert world.states() == [Target.FREE]
 
 
@@ -66,7 +67,7 @@ def test_the_same_block_in_a_later_generation_does_not_count_either() -> None:
     world.end_read()
     world.end_read()
 
-    assert world.missed == [(ME, A, MissReason.STALE)]
+    assert world.missed == [(ME, A, MissReason.EVICTED)]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_a_header_that_differs_in_anything_is_no_proof(name: str, value: int | b
     world.end_read()
     world.end_read()
 
-    assert world.missed == [(ME, A, MissReason.STALE)]
+    assert world.missed == [(ME, A, MissReason.EVICTED)]
 
 
 def test_after_a_stale_source_the_next_one_is_read() -> None:
@@ -116,17 +117,17 @@ def test_only_the_blocks_whose_header_fits_are_committed() -> None:
     world.end_read()
 
     assert world.arrived == [(ME, A), (ME, C)]
-    assert world.missed == [(ME, B, MissReason.STALE)]
+    assert world.missed == [(ME, B, MissReason.EVICTED)]
 
 
 @pytest.mark.parametrize(
     ("hint", "reason"),
     [
         (lambda s: [], MissReason.NEVER_SEEN),
-        (lambda s: [_of(s, node_id=NodeId("stranger"))], MissReason.STALE),
-        (lambda s: [_of(s, epoch=Epoch(0))], MissReason.STALE),
-        (lambda s: [_of(s, slot=SlotIndex(1 << 20))], MissReason.STALE),
-        (lambda s: [_of(s, slot=SlotIndex(63))], MissReason.STALE),  # beyond 32 slots of 8 KiB
+        (lambda s: [_of(s, node_id=NodeId("stranger"))], MissReason.PEER_GONE),
+        (lambda s: [_of(s, epoch=Epoch(0))], MissReason.PEER_GONE),
+        (lambda s: [_of(s, slot=SlotIndex(1 << 20))], MissReason.EVICTED),
+        (lambda s: [_of(s, slot=SlotIndex(63))], MissReason.EVICTED),  # beyond 32 slots of 8 KiB
         (lambda s: [_of(s, bytes=BLOCK_BYTES * 2)], MissReason.OTHER_SIZE),
     ],
 )
@@ -191,13 +192,13 @@ def test_a_failed_read_gives_its_targets_back_and_its_peer_is_avoided_for_a_whil
     world.want(ME, [A])
     world.locate([source])
     world.end_read(ok=False)
-    assert world.missed == [(ME, A, MissReason.PEER_FAILED)]
+    assert world.missed == [(ME, A, MissReason.PEER_GONE)]
     assert world.states() == [Target.FREE]
     assert [failed.avoid_ms for failed in world.failed_peers] == [500]
 
     world.want(YOU, [A])
     world.locate([source])
-    assert world.missed[-1] == (YOU, A, MissReason.PEER_FAILED)
+    assert world.missed[-1] == (YOU, A, MissReason.PEER_GONE)
     assert not world.reads
 
     world.tick(500)
@@ -274,7 +275,7 @@ def test_headers_of_an_abandoned_payload_free_its_slots_and_prove_nothing() -> N
     assert world.states() == [Target.QUARANTINE]
     world.end_read(with_headers=True)
     assert world.states() == [Target.FREE]
-    assert world.missed == [(ME, A, MissReason.PEER_FAILED)]
+    assert world.missed == [(ME, A, MissReason.PEER_GONE)]
 
 
 def test_late_headers_keep_no_slot_since_the_payload_has_ended() -> None:
@@ -283,7 +284,7 @@ def test_late_headers_keep_no_slot_since_the_payload_has_ended() -> None:
     world.locate([world.fill("peer", 7, A)])
     world.end_read()
     world.tick(FetchLimits().headers_deadline_ms)
-    assert world.missed == [(ME, A, MissReason.PEER_FAILED)]
+    assert world.missed == [(ME, A, MissReason.PEER_GONE)]
     assert world.states() == [Target.FREE]
 
     world.end_read()  # the headers come after all: nobody minds
@@ -334,7 +335,7 @@ def test_a_peer_that_leaves_and_comes_back_in_the_same_epoch_owes_what_it_owed()
     world.roster(node_info("peer"))
     world.want(YOU, [B])
     world.locate([world.fill("peer", 2, B)])
-    assert world.missed[-1] == (YOU, B, MissReason.PEER_FAILED)
+    assert world.missed[-1] == (YOU, B, MissReason.PEER_GONE)
 
     world.end_read()
     world.want(waiter(3), [B])
@@ -370,7 +371,7 @@ def test_a_full_slab_is_a_miss() -> None:
     world.end_read()
 
     assert world.arrived == [(ME, A)]
-    assert world.missed == [(ME, B, MissReason.NO_SLOT)]
+    assert world.missed == [(ME, B, MissReason.SLAB_FULL)]
 
 
 def test_what_an_engine_here_has_written_meanwhile_need_not_be_fetched() -> None:
@@ -462,7 +463,7 @@ def test_nothing_is_reserved_while_a_plan_names_misses() -> None:
     found = [[world.fill("bad", 1, A)], [world.fill("good", 1, B)]]
     assert core.on_located(ask.locate_id, found, now_ms=0) == []
 
-    assert core.advance(0) == [Missed(ME, (A,), MissReason.PEER_FAILED)]
+    assert core.advance(0) == [Missed(ME, (A,), MissReason.PEER_GONE)]
     core.forget(ME, [B])
 
     assert core.advance(0) == []
@@ -508,7 +509,7 @@ def test_a_second_source_is_not_believed_any_more_once_its_node_has_another_epoc
     world.roster(node_info("bad"), node_info("restarted", epoch=2))
     world.end_read(ok=False)
 
-    assert world.missed == [(ME, A, MissReason.PEER_FAILED)]
+    assert world.missed == [(ME, A, MissReason.PEER_GONE)]
     assert not world.reads
 
 
@@ -533,12 +534,12 @@ def test_nothing_of_a_lower_epoch_is_believed() -> None:
     world.locate([source])
     world.end_read()
     world.roster(node_info("peer", epoch=2))  # it was restarted while its headers were read
-    assert world.missed == [(ME, A, MissReason.PEER_FAILED)]
+    assert world.missed == [(ME, A, MissReason.PEER_GONE)]
 
     world.want(YOU, [A])
     world.locate([source])
 
-    assert world.missed[-1] == (YOU, A, MissReason.STALE)
+    assert world.missed[-1] == (YOU, A, MissReason.PEER_GONE)
 
 
 def test_reads_of_a_peer_are_few_and_bounded_and_the_rest_waits_for_its_turn() -> None:

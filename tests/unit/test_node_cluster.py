@@ -2,12 +2,13 @@
 
 import pytest
 
-from kvray.core.commands import MissReason, ReadKind
+from kvray.core.commands import ReadKind
 from kvray.core.fetch import FetchLimits
 from kvray.core.ids import SlotState
 from kvray.core.layout import FORMAT_VERSION
 from kvray.core.messages import Announce, Locate
 from kvray.core.node import CLOGGED_MS
+from kvray.core.reasons import MissReason
 from kvray.core.roster import QUIET_AFTER_MS, QUIET_PERIOD_MS
 from tests.nodes import Cluster, Engine
 from tests.shells import BLOCK_BYTES, Slab, key, stamp
@@ -165,7 +166,7 @@ def test_a_block_that_is_rewritten_while_it_is_read_does_not_count() -> None:
     cluster.settle()
 
     assert there.answer(op) == "m"
-    assert misses(there) == {"stale": 1}
+    assert misses(there) == {"evicted": 1}
     assert there.node.slab.states() == {}
 
 
@@ -175,7 +176,7 @@ def test_a_silent_link_costs_a_miss_and_its_target_stays_in_quarantine_until_it_
     op = there.lookup([A], within_ms=3_000)
     cluster.pass_ms(1_000)
     assert there.answer(op) == "m"
-    assert misses(there) == {"peer_failed": 1}
+    assert misses(there) == {"peer_gone": 1}
     assert there.node.slab.states() == {SlotState.QUARANTINE: 1}
     assert [line.warning for line in there.node.lines[-1:]] == [True]
 
@@ -205,7 +206,7 @@ def test_when_fetches_find_no_slot_they_are_misses() -> None:
     cluster.settle()
 
     assert there.answer(op) == "m"
-    assert misses(there) == {"no_slot": 1}
+    assert misses(there) == {"slab_full": 1}
 
 
 def test_reads_that_never_end_stop_the_fetching_and_in_the_end_the_node_restarts() -> None:
@@ -557,7 +558,7 @@ def test_a_read_that_fails_is_a_miss_at_once(kind: ReadKind) -> None:
 
     assert there.answer(op) == "m"
     assert there.node.slab.states() == {}
-    assert misses(there) == {MissReason.PEER_FAILED.value: 1}
+    assert misses(there) == {MissReason.PEER_GONE.value: 1}
 
 
 def test_the_world_of_these_tests_would_notice_wrong_bytes() -> None:
