@@ -247,8 +247,16 @@ class Cluster:
 class Engine:
     """An EngineCore with its workers in the same process, unless worker() makes others."""
 
-    def __init__(self, node: Node, *, pid: int | None = None) -> None:
+    def __init__(
+        self,
+        node: Node,
+        *,
+        pid: int | None = None,
+        model: str = "a model",
+        namespace: bytes = b"n" * 16,
+    ) -> None:
         self.node = node
+        self.model, self.namespace = model, Namespace(namespace)
         cluster = node.cluster
         cluster.next_pid += 1
         pid = cluster.next_pid if pid is None else pid
@@ -284,10 +292,11 @@ class Engine:
             self.client_id,
             Role.ENGINE,
             self.client_id.nonce,
-            Namespace(b"n" * 16),
-            "a model",
+            self.namespace,
+            "a label",
             slab_id or self.node.slab.slab_id,
             pack_slots((slot, generation, 0) for slot, generation, _ in writing),
+            self.model,
         )
         answers = self.node.hear(self.session_id, hello)
         if not answers:

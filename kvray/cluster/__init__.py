@@ -188,6 +188,10 @@ class Cluster:
         """
         self._await_nodes(node_count, deadline_s, progress, insists=node_count is None)
 
+    def clear(self) -> None:
+        """Evict every block that no request is using, on every node that answers."""
+        self._ask_node_stores("clear", [node.node_id for node in self.nodes()])
+
     def drain(self, node_id: str, progress: Say | None = None) -> Drained:
         """Let the other nodes take over what only this one has, then end its NodeStore. Its
         engines go on uncached, and it gets no NodeStore again until the next start().

@@ -28,6 +28,7 @@ from kvray.core.messages import (
     Announce,
     AnnounceReply,
     AnnounceStatus,
+    EngineUse,
     NodeHello,
     NodeHelloReply,
     NodeInfo,
@@ -112,6 +113,9 @@ class Announcing:
         self._next_ms = now_ms  # when to say something new: the heartbeat, or what has changed
         self._in_use = False  # since the last announce
         self._used_ms = now_ms  # the directory takes our hello for a use
+        self.engines: list[EngineUse] = []  # of this node; the caller sets it, and notes a change
+        self.split: frozenset[str] = frozenset()  # models of which the cluster has two namespaces
+        self._told_engines: list[EngineUse] | None = None  # what the directory knows of `engines`
         self._heard_ms = now_ms
         self._was_heard = False
         self.counters = dict.fromkeys(
@@ -266,6 +270,7 @@ class Announcing:
             is_last,
             doubtful=b"" if part else pack_keys(self._store.take_doubtful(MAX_DOUBTFUL_KEYS)),
             in_use=in_use,
+            engines=None if self.engines == self._told_engines else self.engines,
         )
 
     # -- what is heard ---------------------------------------------------------------------------
@@ -279,6 +284,7 @@ class Announcing:
         self.state = AnnouncingState.JOINED
         self._was_heard = True
         self._take_roster(reply.roster, reply.roster_version)
+        self._told_engines = None
         # Whatever is READY will be asked for.
         self._store.forget_changes()
         self._next_ms = now_ms
@@ -309,6 +315,9 @@ class Announcing:
             self._was_heard = True
             commands.append(Log("the directory answers again"))
         self._greet_after_ms = 0
+        if said.engines is not None:
+            self._told_engines = said.engines
+        self.split = frozenset(reply.split)
         if reply.roster is not None:
             self._take_roster(reply.roster, reply.roster_version)
         if reply.status is AnnounceStatus.RESYNC:

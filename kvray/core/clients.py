@@ -23,7 +23,7 @@ from kvray.core.commands import WriteClient
 from kvray.core.deadlines import Deadlines
 from kvray.core.ids import ClientId, Namespace, OpId, Role, SlotIndex
 from kvray.core.layout import MAX_CLIENTS
-from kvray.core.messages import Hello
+from kvray.core.messages import EngineUse, Hello
 
 # A session that breaks comes back within seconds (client.py retries after 1 to 5 s). An engine
 # that does not is hung or detached badly: its pins must not keep blocks for as long as it lives.
@@ -66,6 +66,8 @@ class Client:
     session_id: int | None = None
     namespace: Namespace = NO_NAMESPACE
     label: str = ""
+    model: str = ""
+    fields: dict[str, str] = field(default_factory=dict)  # of its namespace, for people
     writing: dict[SlotIndex, OpId] = field(default_factory=dict)  # reserved, by which Reserve
     counters: dict[str, int] = field(default_factory=dict)
 
@@ -156,6 +158,7 @@ class Clients:
             del self._by_session[replaced]
         client.session_id = session_id
         client.namespace, client.label = hello.namespace, hello.label
+        client.model, client.fields = hello.model, hello.fields
         client.state = ClientState.OPEN
         self._by_session[session_id] = client
         self._silent.discard(client.client_id)
@@ -193,6 +196,15 @@ class Clients:
         self._free_rows.append(client.row)
         return WriteClient(client.row, None, client.role, client.engine_nonce)
 
+    def engine_uses(self) -> list[EngineUse]:
+        """Of the engines that are there, each once."""
+        engines = (
+            client
+            for client in self._by_id.values()
+            if client.is_engine and client.state in (ClientState.OPEN, ClientState.SILENT)
+        )
+        return sorted({EngineUse(client.model, client.namespace) for client in engines})
+
     def next_deadline_ms(self) -> int | None:
         return self._silent.next_ms()
 
@@ -210,6 +222,8 @@ class Clients:
                 "role": client.role.name.lower(),
                 "state": client.state.value,
                 "label": client.label,
+                "model": client.model,
+                "fields": dict(client.fields),
                 "namespace": client.namespace.hex(),
                 "row": client.row,
                 "writing": len(client.writing),

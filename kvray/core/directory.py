@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from kvray.core.catalogue import MAX_LISTINGS, Catalogue, Listing, Standing
 from kvray.core.codec import pack_keys
+from kvray.core.families import Families
 from kvray.core.ids import KEY_BYTES, BlockKey, Epoch, Generation, NodeId, Origin, SlotIndex, Term
 from kvray.core.messages import (
     LOCATION_DTYPE,
@@ -109,6 +110,7 @@ class DirectoryCore:
         self._mirror_counts = MirrorCounts()
         self._uses: dict[NodeId, Uses] = {}  # of those who have blocks that others wanted
         self._asked: list[_Asked] = []  # what is still to be noted there
+        self._families = Families()
         self._events: list[NodeEvent] = []
         self._announce_count = 0
         self._asked_key_count = 0
@@ -163,6 +165,8 @@ class DirectoryCore:
         listing = mirror.listing
         # An old announce, repeated or overtaken, is no sign of life.
         if mirror.follow(announce):
+            if announce.engines is not None:
+                self._families.tell(announce.node_id, announce.engines)
             if mirror.listing != listing:
                 del self._shown[listing]
                 self._shown[mirror.listing] = member
@@ -276,6 +280,7 @@ class DirectoryCore:
             roster=None if is_current or member is None else self._roster.infos(),
             read=uses.keys() if uses is not None else b"",
             spare=self._spare(member, announce.doubtful) if member is not None else b"",
+            split=self._families.split,
         )
 
     def _note_uses(self) -> None:
@@ -320,6 +325,7 @@ class DirectoryCore:
 
     def _bury(self, member: Member) -> None:
         self._roster.bury(member)
+        self._families.forget(member.node_id)
         self._drop_mirror(member.node_id)
         self._note(member)
 
@@ -344,6 +350,7 @@ class DirectoryCore:
             "roster_version": roster["version"],
             "nodes": roster["nodes"],
             "entries": sum(map(len, self._mirrors.values())),
+            "split_models": list(self._families.split),
             "catalogue": self._catalogue.snapshot(),
             "counts": {
                 "announces": self._announce_count,

@@ -16,7 +16,7 @@ _HIT, _MISS, _WAIT = int(KeyState.HIT), int(KeyState.MISS), int(KeyState.WAIT)
 # Nothing is waited for then, not even what is on its way already.
 _NO_WAIT = (MissReason.OVERLOADED, MissReason.LOCAL_ONLY)
 # There is nobody to ask.
-_NOWHERE = (MissReason.NEVER_SEEN, MissReason.PEER_GONE)
+_NOWHERE = (MissReason.NEVER_SEEN, MissReason.PEER_GONE, MissReason.NAMESPACE_DIFFERS)
 
 
 class Run(msgspec.Struct, frozen=True, gc=False):

@@ -55,6 +55,7 @@ class _Lookup(msgspec.Struct, eq=False):
     is_answered: bool = False  # the LookupReply is out: the rest goes into LookupUpdates
     changed: set[int] = set()  # other than what was told last
     causes: dict[int, MissReason] = {}  # of misses that have not been told
+    is_stranger: bool = False  # see Lookups.begin
 
     @property
     def waiter(self) -> Waiter:
@@ -87,9 +88,11 @@ class Lookups:
         message: Lookup,
         *,
         no_fetch: MissReason | None,
+        is_stranger: bool = False,
         now_ms: int,
     ) -> tuple[LookupReply | None, list[FetchCommand]]:
-        """no_fetch: why nothing can be fetched now; None if it can.
+        """no_fetch: why nothing can be fetched now; None if it can. is_stranger: other engines of
+        its model have other names for the same blocks, so what is nowhere may be theirs.
 
         Returns the reply, or None if the lookup waits: it is told by take_told then. And what
         FetchCore has said to its wants.
@@ -101,6 +104,8 @@ class Lookups:
             no_fetch = MissReason.OVERLOADED
         elif not message.fetch:
             no_fetch = MissReason.LOCAL_ONLY
+        if no_fetch is MissReason.NEVER_SEEN and is_stranger:
+            no_fetch = MissReason.NAMESPACE_DIFFERS
         look = Look(self._store, self._fetch, keys, no_fetch)
         runs = runs_of(message)
         for run in runs:
@@ -124,6 +129,7 @@ class Lookups:
             dict(zip(look.hits(), slots, strict=True)),
             deadline_ms,
             causes=look.causes,
+            is_stranger=is_stranger,
         )
         self.counters["waits"] += len(lookup.waiting)
         self._waiting[waiter] = self._untold[waiter] = lookup
@@ -274,8 +280,11 @@ class Lookups:
         """The key is a miss; in a prefix run so is everything behind it that is waited for."""
         index = lookup.waiting.pop(key)
         self._note_miss(lookup, index)
-        if reason is MissReason.NEVER_SEEN and self._store.was_evicted(key):
-            reason = MissReason.EVICTED
+        if reason is MissReason.NEVER_SEEN:
+            if self._store.was_evicted(key):
+                reason = MissReason.EVICTED
+            elif lookup.is_stranger:
+                reason = MissReason.NAMESPACE_DIFFERS
         self.misses[reason] += 1
         run = lookup.run_of(index)
         if not any(run.start <= at < index for at in lookup.causes):

@@ -47,6 +47,10 @@ MAX_LINK_METADATA_BYTES = 4_096  # NIXL's has about 460; more network cards, mor
 MAX_NAME_BYTES = 255  # node ids, host names, agent names, versions, names of counters
 MAX_TEXT_BYTES = 8_192  # a reason or a label: a path or two and a sentence
 MAX_COUNTERS = 256  # of one Report
+MAX_ENGINE_USES = 96  # of a node: layout.MAX_CLIENTS
+MAX_SPLIT_MODELS = 64  # said in a reply; a cluster with more has one thing to mend first
+MAX_FIELDS = 64  # of a namespace; there are two dozen
+MAX_FIELD_BYTES = 256  # of one field's text; what is longer is said by its digest
 MAX_COMPUTE_US = 60_000_000  # of one block: a minute, as no engine is
 MAX_DEADLINE_MS = 600_000  # ten minutes: nothing waits for ever, and a second is usual
 MAX_PERIOD_MS = 60_000  # between heartbeats; a larger one can only be a mistake
@@ -99,6 +103,9 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     label: str  # model name and rank, for people
     slab_id: SlabId  # the slab that `writing` speaks of; empty at the first hello
     writing: bytes = b""  # SLOT_DTYPE rows (offset 0): slots this engine may still write into
+    # For people: what the engine serves, and what its namespace is the digest of.
+    model: str = ""
+    fields: dict[str, str] = {}
 
 
 class HelloReply(msgspec.Struct, frozen=True, tag="hello_reply"):
@@ -245,7 +252,14 @@ class NodeHelloReply(msgspec.Struct, frozen=True, tag="node_hello_reply"):
     heartbeat_period_ms: int
 
 
-class Announce(msgspec.Struct, frozen=True, tag="announce"):
+class EngineUse(msgspec.Struct, frozen=True, order=True):
+    """An engine of a node: what it serves, and under which names its blocks are."""
+
+    model: str
+    namespace: Namespace
+
+
+class Announce(msgspec.Struct, frozen=True, tag="announce", omit_defaults=True):
     """Heartbeat and changes in one. sequence counts the announces of an epoch from 1.
 
     resync_part 0: `adds` and `removes` are changes. resync_part 1..n: parts of the whole set,
@@ -257,6 +271,7 @@ class Announce(msgspec.Struct, frozen=True, tag="announce"):
 
     doubtful: keys of blocks that go soon here; the reply says which of them other nodes keep.
     in_use: an engine has looked something up here since the last announce.
+    engines: those of this node, each use once; None if the directory knows them.
     """
 
     node_id: NodeId
@@ -270,6 +285,7 @@ class Announce(msgspec.Struct, frozen=True, tag="announce"):
     resync_last: bool = False
     doubtful: bytes = b""
     in_use: bool = False
+    engines: list[EngineUse] | None = None
 
 
 class AnnounceStatus(IntEnum):
@@ -285,6 +301,7 @@ class AnnounceReply(msgspec.Struct, frozen=True, tag="announce_reply"):
 
     read: keys that others have asked for since the last reply, and whose home this node is.
     spare: those of the announce's doubtful keys that have another home.
+    split: models whose engines, in this cluster, do not all share their blocks.
     """
 
     status: AnnounceStatus
@@ -294,6 +311,7 @@ class AnnounceReply(msgspec.Struct, frozen=True, tag="announce_reply"):
     roster: list[NodeInfo] | None = None  # only if it differs from the node's version
     read: bytes = b""
     spare: bytes = b""
+    split: list[str] = []
 
 
 class Locate(msgspec.Struct, frozen=True, tag="locate"):

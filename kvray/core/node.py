@@ -189,6 +189,14 @@ class NodeCore:
         )
         self._out.append(WatchProcess(client.client_id.pid, client.client_id.start_ticks))
         self._out.append(Send(session_id, reply, with_fd=True))
+        self._note_engines()
+
+    def _note_engines(self) -> None:
+        """Somebody has come or gone: the directory hears of it."""
+        engines = self._clients.engine_uses()
+        if engines != self._announcing.engines:
+            self._announcing.engines = engines
+            self._storing.has_changes = True  # to be announced, as a block is
 
     def _on_request(
         self, client: Client, session_id: int, message: LocalRequest, now_ms: int
@@ -234,7 +242,12 @@ class NodeCore:
             has_lost = self._fetch.has_lost_peers
             no_fetch = MissReason.PEER_GONE if has_lost else MissReason.NEVER_SEEN
         reply, commands = self._lookups.begin(
-            client.client_id, session_id, message, no_fetch=no_fetch, now_ms=now_ms
+            client.client_id,
+            session_id,
+            message,
+            no_fetch=no_fetch,
+            is_stranger=client.model in self._announcing.split,
+            now_ms=now_ms,
         )
         self._fetching.do(commands, now_ms)
         return reply
@@ -253,6 +266,7 @@ class NodeCore:
     def _leave(self, client: Client, why: str, now_ms: int) -> None:
         """The client does nothing more. Its slots wait for its workers."""
         self._clients.leave(client)
+        self._note_engines()
         self._give_up(client, why, now_ms)
         self._storing.release_gone()
 
@@ -331,6 +345,7 @@ class NodeCore:
         self._lookups.on_tick(now_ms)
         for client in self._clients.take_lapsed(now_ms):
             self._give_up(client, "has had no session for long", now_ms)
+            self._note_engines()
         if self._clogged_since_ms is not None and now_ms >= self._clogged_since_ms + CLOGGED_MS:
             self._clogged_since_ms = now_ms
             self._out.append(Restart("abandoned reads do not end, and nothing can be fetched"))

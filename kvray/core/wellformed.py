@@ -24,7 +24,10 @@ from kvray.core.messages import (
     MAX_COUNTERS,
     MAX_DEADLINE_MS,
     MAX_DOUBTFUL_KEYS,
+    MAX_ENGINE_USES,
     MAX_EPOCH,
+    MAX_FIELD_BYTES,
+    MAX_FIELDS,
     MAX_KEYS_PER_MESSAGE,
     MAX_LINK_METADATA_BYTES,
     MAX_LOCATE_KEYS,
@@ -33,6 +36,7 @@ from kvray.core.messages import (
     MAX_READ_KEYS,
     MAX_ROSTER_NODES,
     MAX_SOURCES_PER_KEY,
+    MAX_SPLIT_MODELS,
     MAX_TEXT_BYTES,
     MAX_WRITING_LISTED,
     SLOT_DTYPE,
@@ -159,6 +163,11 @@ def _check_hello(m: Hello) -> None:
     _exactly("namespace", m.namespace, 0, NAMESPACE_BYTES)
     _text("label", m.label, MAX_TEXT_BYTES)
     _exactly("slab_id", m.slab_id, 0, SLAB_ID_BYTES)
+    _text("model", m.model, MAX_TEXT_BYTES)
+    _number("the count of fields", len(m.fields), MAX_FIELDS)
+    for name, value in m.fields.items():
+        _text("a field's name", name, MAX_NAME_BYTES)
+        _text(f"field {name}", value, MAX_FIELD_BYTES)
     count = _rows("writing", m.writing, SLOT_DTYPE.itemsize, MAX_WRITING_LISTED)
     _require(bool(m.slab_id) or not count, "writing names slots of no slab")
 
@@ -306,6 +315,10 @@ def _check_announce(m: Announce) -> None:
     _require(m.resync_part > 0 or not m.resync_last, "the last part of no resync")
     _require(m.resync_part == 0 or not removes, "a part of a resync has removes")
     _rows("doubtful", m.doubtful, KEY_BYTES, MAX_DOUBTFUL_KEYS)
+    _number("the count of engines", len(m.engines or ()), MAX_ENGINE_USES)
+    for engine in m.engines or ():
+        _text("an engine's model", engine.model, MAX_TEXT_BYTES)
+        _exactly("an engine's namespace", engine.namespace, 0, NAMESPACE_BYTES)
 
 
 def _check_announce_reply(m: AnnounceReply) -> None:
@@ -316,6 +329,9 @@ def _check_announce_reply(m: AnnounceReply) -> None:
         _roster(m.roster)
     _rows("read", m.read, KEY_BYTES, MAX_READ_KEYS)
     _rows("spare", m.spare, KEY_BYTES, MAX_DOUBTFUL_KEYS)
+    _number("the count of split models", len(m.split), MAX_SPLIT_MODELS)
+    for model in m.split:
+        _text("a split model", model, MAX_TEXT_BYTES)
 
 
 def _check_locate(m: Locate) -> None:

@@ -36,7 +36,7 @@ from kvray.engine.jobs import (
 )
 from kvray.engine.ledger import Finished, JobKind, JobLedger, Outcome
 from kvray.engine.lookups import Lookups, RequestView, Run
-from kvray.engine.namespace import AdapterDigests, digest, gather_fields
+from kvray.engine.namespace import AdapterDigests, as_text, digest, gather_fields
 from kvray.engine.spec import FIRST_SESSION_S, engine_nonce
 from kvray.engine.transfers import Transfers
 from kvray.node.client import NodeClient
@@ -98,6 +98,8 @@ class KVRayConnector(OffloadingConnector):
             engine_nonce=engine_nonce(vllm_config.kv_transfer_config.engine_id),
             namespace=Namespace(digest(fields)),
             label=f"{vllm_config.model_config.model} pid {os.getpid()}",
+            model=str(vllm_config.model_config.model),
+            fields=as_text(fields),
             budget_s=config.step_budget_ms / 1_000,
         )
         self.lookups.open(self._client, fields)

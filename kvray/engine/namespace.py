@@ -15,6 +15,7 @@ from typing import Any
 
 from kvray.core.keys import namespace_digest
 from kvray.core.layout import FORMAT_VERSION
+from kvray.core.messages import MAX_FIELD_BYTES
 from kvray.engine import versions
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -153,6 +154,17 @@ def gather_fields(
 def renewed(fields: Mapping[str, Any], nonce: str) -> dict[str, Any]:
     """The fields after the weights of this engine changed."""
     return {**fields, "weights_nonce": nonce}
+
+
+def as_text(fields: Mapping[str, Any]) -> dict[str, str]:
+    """For people, on another machine: equal texts mean equal fields. A long one is a digest."""
+    texts = {name: json.dumps(value, sort_keys=True) for name, value in fields.items()}
+    return {
+        name: text
+        if len(text.encode()) <= MAX_FIELD_BYTES
+        else f"digest {hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+        for name, text in texts.items()
+    }
 
 
 def digest(fields: Mapping[str, Any]) -> bytes:

@@ -88,9 +88,10 @@ class NodeClient:
     """One per engine. lookup, reserve, listen and begin_step belong to the engine's thread; the
     others may be called from any.
 
-    engine_nonce tells several engines in one process apart. namespace and label are for people;
-    namespace may be set later and is said with the next hello. on_session is called on the
-    connector's thread for each new session and must not wait for anything.
+    engine_nonce tells several engines in one process apart. namespace, label, model and fields (of
+    the namespace) are for people; namespace may be set later and is said with the next hello.
+    on_session is called on the connector's thread for each new session and must not wait for
+    anything.
     """
 
     def __init__(
@@ -100,6 +101,8 @@ class NodeClient:
         engine_nonce: int,
         namespace: Namespace,
         label: str,
+        model: str = "",
+        fields: Mapping[str, str] | None = None,
         role: Role = Role.ENGINE,
         on_session: Callable[[Session], None] | None = None,
         budget_s: float = BUDGET_S,
@@ -116,6 +119,8 @@ class NodeClient:
         )
         self._role = role
         self._label = label[:MAX_LABEL_CHARS]
+        self._model = model[:MAX_LABEL_CHARS]
+        self._fields = dict(fields or {})
         self._on_session = on_session
         self._budget_s = self._left_s = budget_s
         self._ops = itertools.count(1)
@@ -399,6 +404,8 @@ class NodeClient:
             label=self._label,
             slab_id=SlabId(b"") if last is None else last.slab_id,
             writing=pack_slots(rows),
+            model=self._model,
+            fields=self._fields,
         )
 
     def _opened(self, connection: Connection) -> None:

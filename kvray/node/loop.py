@@ -37,6 +37,7 @@ from kvray.core.store import StoreCore
 from kvray.errors import KVRayError, LinkError, NodeLostError, SlabError
 from kvray.link.base import Link
 from kvray.node.control import Control
+from kvray.node.host import host_facts
 from kvray.node.inbox import Inbox, Question
 from kvray.node.opening import left_behind, open_slab, sweep_dead_nodes
 from kvray.node.peers import LinkThread
@@ -132,6 +133,7 @@ class NodeLoop(threading.Thread):
             "cleared_bytes": self._cleared_bytes,
             "served_after_ms": self._served_after_ms,  # engines, since the actor's start
             "runtime_dir": self._config.runtime_dir or default_runtime_dir(),
+            "host_facts": host_facts(),
         }
         if self._serving is not None:
             known |= self.ask(Serving.status)

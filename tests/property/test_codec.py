@@ -4,6 +4,7 @@ Method: hypothesis makes messages of every kind (they come back equal), mutates 
 sends arbitrary ones. "Well-formed" is checked by encoding the result again, which asserts it.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import msgspec
@@ -23,6 +24,7 @@ from kvray.core.codec import (
     unpack_locations,
     unpack_slots,
 )
+from kvray.core.ghosts import Why
 from kvray.core.ids import BlockKey, ClientId, Role
 from kvray.core.layout import FORMAT_VERSION, MAX_EXTENT_BYTES
 from kvray.core.messages import (
@@ -38,6 +40,7 @@ from kvray.core.messages import (
     AnnounceStatus,
     Bye,
     Commit,
+    EngineUse,
     Grant,
     Hello,
     HelloReply,
@@ -57,6 +60,7 @@ from kvray.core.messages import (
     ReserveReply,
     Unpin,
 )
+from kvray.core.reasons import MissReason
 from kvray.errors import RemoteProtocolError
 
 u64 = st.integers(0, 2**64 - 1)
@@ -66,7 +70,7 @@ slot_sizes = st.integers(1, MAX_EXTENT_BYTES)
 epochs = st.integers(0, MAX_EPOCH)
 names = st.text(max_size=20)
 key = st.binary(min_size=16, max_size=16)
-slab_id = key
+slab_id = namespaces = key
 slot_rows = st.lists(st.tuples(u32, u64, u64), max_size=6)
 entry_rows = st.lists(st.tuples(key, u32, sizes, u64, st.sampled_from([0, 1])), max_size=6)
 slots = slot_rows.map(lambda rows: pack_slots(cast("list[SlotRow]", rows)))
@@ -95,6 +99,16 @@ def coded(draw: Any, codes: list[int], placed: set[int], name: str) -> dict[str,
     return {name: values, "slots": pack_slots(rows)}
 
 
+def causes(draw: Any, indices: Sequence[int]) -> dict[int, MissReason]:
+    """Of some of these."""
+    if not indices:
+        return {}
+    return cast(
+        "dict[int, MissReason]",
+        draw(st.dictionaries(st.sampled_from(indices), st.sampled_from(MissReason), max_size=3)),
+    )
+
+
 @st.composite
 def lookups(draw: Any) -> Lookup:
     cut = draw(runs())
@@ -114,11 +128,14 @@ def updates(draw: Any) -> LookupUpdate:
     answer = draw(coded([KeyState.MISS, KeyState.HIT, KeyState.COMING], PLACED, "states"))
     count = len(answer["states"])
     index = st.integers(0, 1_023)
-    return LookupUpdate(
-        op=draw(u64),
-        indices=draw(st.lists(index, unique=True, min_size=count, max_size=count)),
-        **answer,
-    )
+    indices = draw(st.lists(index, unique=True, min_size=count, max_size=count))
+    return LookupUpdate(op=draw(u64), indices=indices, **answer, causes=causes(draw, indices))
+
+
+@st.composite
+def lookup_replies(draw: Any) -> LookupReply:
+    answer = draw(coded(list(KeyState), PLACED, "states"))
+    return LookupReply(op=draw(u64), **answer, causes=causes(draw, range(len(answer["states"]))))
 
 
 @st.composite
@@ -154,6 +171,10 @@ def announces(draw: Any) -> Announce:
         resync_last=bool(part) and draw(st.booleans()),
         doubtful=draw(keys),
         in_use=draw(st.booleans()),
+        engines=draw(
+            st.none()
+            | st.lists(st.builds(EngineUse, model=names, namespace=namespaces), max_size=3)
+        ),
     )
 
 
@@ -167,6 +188,7 @@ def locate_replies(draw: Any) -> LocateReply:
         nodes=nodes,
         epochs=draw(st.lists(epochs, min_size=len(nodes), max_size=len(nodes))),
         locations=pack_locations(sorted(draw(st.lists(row, max_size=6)))),
+        gone=bytes(draw(st.lists(st.sampled_from(Why), max_size=6))),
     )
 
 
@@ -184,6 +206,8 @@ messages: st.SearchStrategy[Message] = st.one_of(
         label=names,
         slab_id=slab_id,
         writing=slots,
+        model=names,
+        fields=st.dictionaries(names, names, max_size=3),
     ),
     st.builds(
         lambda op, node_id, epoch, slab, cut: HelloReply(op, node_id, epoch, slab, *cut),
@@ -195,11 +219,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
     ),
     st.builds(Refused, op=u64, reason=names, fatal=st.booleans()),
     lookups(),
-    st.builds(
-        lambda op, answer: LookupReply(op=op, **answer),
-        u64,
-        coded(list(KeyState), PLACED, "states"),
-    ),
+    lookup_replies(),
     updates(),
     st.builds(Unpin, op=u64, lookup_op=u64),
     st.builds(lambda op, cut: Reserve(op=op, **cut), u64, runs()),
@@ -232,6 +252,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
         roster=st.none() | rosters,
         read=keys,
         spare=keys,
+        split=st.lists(names, max_size=3),
     ),
     st.builds(Locate, node_id=names, epoch=epochs, keys=keys),
     locate_replies(),

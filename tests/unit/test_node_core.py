@@ -444,7 +444,10 @@ def test_reports_of_an_engine_add_up() -> None:
 
     (client,) = node.core.snapshot()["clients"]
     assert client["counters"] == {"hit_tokens": 7, "misses": 1}
-    assert client["label"] == "a model"
+    assert client["label"] == "a label"
+    assert client["model"] == "a model"
+    engine.bye()
+    assert node.core.snapshot()["engine_totals"] == {"hit_tokens": 7, "misses": 1}
 
 
 # -- restart ------------------------------------------------------------------------------------

@@ -124,6 +124,38 @@ def test_each_run_has_a_cause_of_its_own_and_the_first_counts() -> None:
     assert sorted(here.causes[op]) == [1, 2]
 
 
+def test_what_another_engine_of_the_model_may_have_under_other_names() -> None:
+    cluster = Cluster.of("a", "b")
+    here = Engine(cluster["a"], namespace=b"1" * 16)
+    there = Engine(cluster["b"], namespace=b"2" * 16)
+    other = Engine(cluster["b"], model="another model")
+    here.store(A)
+    cluster.pass_ms(2_000)
+    assert cause(cluster, there, B) is MissReason.NAMESPACE_DIFFERS
+    assert cause(cluster, other, B) is MissReason.NEVER_SEEN
+
+    here.bye()
+    cluster.pass_ms(2_000)
+    assert cause(cluster, there, B) is MissReason.NEVER_SEEN, "nobody else is there any more"
+
+
+def test_two_engines_of_one_node_that_share_nothing_with_each_other() -> None:
+    cluster = Cluster.of("a")
+    one, _ = (Engine(cluster["a"], namespace=names * 16) for names in (b"1", b"2"))
+    cluster.pass_ms(2_000)
+    assert cause(cluster, one, A) is MissReason.NAMESPACE_DIFFERS
+
+
+def test_a_directory_that_was_restarted_hears_of_the_engines_again() -> None:
+    cluster = Cluster.of("a", "b")
+    one = Engine(cluster["a"], namespace=b"1" * 16)
+    Engine(cluster["b"], namespace=b"2" * 16)
+    cluster.pass_ms(2_000)
+    cluster.restart_directory()
+    cluster.pass_ms(5_000)
+    assert cause(cluster, one, A) is MissReason.NAMESPACE_DIFFERS
+
+
 # -- what is remembered -------------------------------------------------------------------------
 
 

@@ -1,0 +1,295 @@
+"""`kvray`: start, look, drain, stop. Each command says on its last line what it found.
+
+Exit codes: 0 as asked; 1 something is wrong, and the text on stderr says what to do; 2 the command
+line was not understood. With --json stdout has one JSON document and nothing else.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import ray
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from kvray import cluster as kvray_cluster
+from kvray.cluster import Cluster, NodeState
+from kvray.errors import ConfigError, KVRayError, NodeLostError
+from kvray.watch import local_ray
+from kvray.watch.doctor import Grade, diagnose, verdict
+from kvray.watch.tables import NODE_CHARS, status_data, status_view
+
+DEFAULT_CLUSTER = "default"
+WRONG = 1  # exit code
+GRADE_STYLES = {Grade.GOOD: "green", Grade.WARNING: "yellow", Grade.BAD: "red"}
+TOP_PERIOD_S = 1.0
+MAX_TOP_PERIOD_S = 3_600.0
+
+app = typer.Typer(
+    name="kvray",
+    help="One KV cache out of many: every vLLM instance of a Ray cluster reuses what any computed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(), Console(stderr=True)
+
+ClusterName = Annotated[
+    str, typer.Option("--cluster", metavar="NAME", help="Which kvray, if there are several.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """What went wrong in one line, without a traceback, and exit code 1."""
+    try:
+        yield
+    except KVRayError as exc:
+        err.print(Text(f"{type(exc).__name__}: {exc}", style="red"))
+        raise typer.Exit(WRONG) from exc
+
+
+def join_ray() -> None:
+    """Be a driver of the Ray cluster that is there. Raises NodeLostError if there is none: a local
+    one that ends with this process is of no use to a command.
+    """
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError) as exc:
+        lines = str(exc).strip().splitlines() or [type(exc).__name__]
+        raise NodeLostError(
+            f"no Ray cluster can be reached: {lines[-1].strip()}. `kvray start` begins one on this "
+            "machine; for another one set $RAY_ADDRESS"
+        ) from exc
+
+
+def connected(cluster_name: str) -> Cluster:
+    join_ray()
+    return kvray_cluster.connect(cluster_name)
+
+
+def print_json(data: object) -> None:
+    typer.echo(json.dumps(data))
+
+
+# -- the life of a cluster ----------------------------------------------------------------------
+
+
+@app.command()
+def start(
+    cluster_name: ClusterName = DEFAULT_CLUSTER,
+    slab_bytes: Annotated[
+        str, typer.Option("--slab-bytes", metavar="SIZE", help='Of each node, as "200 GiB".')
+    ] = "",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Another field of kvray.Config."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run kvray on this Ray cluster; begin a local one, which outlives this command, if there is
+    none.
+    """
+    with explained():
+        given = parse_settings(settings or [])
+        if slab_bytes:
+            given["slab_bytes"] = slab_bytes
+        given["cluster_name"] = cluster_name
+        begun = False
+        try:
+            join_ray()
+        except NodeLostError:
+            with err.status("no Ray cluster is here: starting one"):
+                local_ray.begin(cluster_name)
+            begun = True
+        try:
+            with err.status("starting kvray") as line:
+                cluster = kvray_cluster.start(progress=line.update, **given)
+        except BaseException:
+            if begun:
+                ray.shutdown()
+                local_ray.end(cluster_name)
+            raise
+        status = cluster.status()
+        if as_json:
+            print_json(status_data(status) | {"began_ray": begun})
+            return
+        out.print(status_view(status))
+        if begun:
+            out.print("A Ray cluster was begun on this machine; `kvray stop` ends it.")
+
+
+@app.command()
+def stop(cluster_name: ClusterName = DEFAULT_CLUSTER, as_json: AsJson = False) -> None:
+    """End kvray: no actor, slab or socket is left. Ray goes on, unless `kvray start` began it."""
+    with explained():
+        was_running = False
+        try:
+            cluster = connected(cluster_name)
+        except NodeLostError:
+            if local_ray.read_note(cluster_name) is None:
+                raise
+        else:
+            was_running = True
+            with err.status("stopping kvray"):
+                cluster.stop()
+        ray.shutdown()
+        ended = local_ray.end(cluster_name)
+        if as_json:
+            print_json({"cluster": cluster_name, "stopped": was_running, "ended_ray": ended})
+            return
+        what = "was stopped" if was_running else "did not run"
+        out.print(f"kvray cluster {cluster_name} {what}")
+        if ended:
+            out.print("the Ray cluster that `kvray start` began was ended")
+
+
+@app.command()
+def drain(
+    node: Annotated[str, typer.Argument(help="A Ray node id, or the beginning of one.")],
+    cluster_name: ClusterName = DEFAULT_CLUSTER,
+    as_json: AsJson = False,
+) -> None:
+    """Let the other nodes take over what only this one has, then end its NodeStore."""
+    with explained():
+        cluster = connected(cluster_name)
+        node_id = full_node_id(cluster, node)
+        with err.status(f"draining {node_id[:NODE_CHARS]}") as line:
+            drained = cluster.drain(node_id, progress=line.update)
+        data = {
+            "node": drained.node_id,
+            "blocks": drained.blocks,
+            "fetched": drained.fetched,
+            "kept": drained.kept,
+            "lost": drained.lost,
+        }
+        if as_json:
+            print_json(data)
+        else:
+            out.print(
+                f"{drained.blocks:,} blocks: {drained.fetched:,} taken over, {drained.kept:,} were "
+                f"elsewhere already, {drained.lost:,} lost for want of room"
+            )
+
+
+@app.command()
+def clear(cluster_name: ClusterName = DEFAULT_CLUSTER, as_json: AsJson = False) -> None:
+    """Evict every block that no request is using, on every node."""
+    with explained():
+        cluster = connected(cluster_name)
+        before = sum(node.block_count for node in cluster.nodes())
+        cluster.clear()
+        after = sum(node.block_count for node in cluster.nodes())
+        if as_json:
+            print_json({"cluster": cluster_name, "blocks_before": before, "blocks_after": after})
+        else:
+            out.print(f"{before - after:,} of {before:,} blocks were evicted")
+
+
+# -- looking ------------------------------------------------------------------------------------
+
+
+@app.command()
+def status(cluster_name: ClusterName = DEFAULT_CLUSTER, as_json: AsJson = False) -> None:
+    """Nodes, slabs, models, and where the tokens of all prompts came from."""
+    with explained():
+        seen = connected(cluster_name).status()
+        if as_json:
+            print_json(status_data(seen))
+        else:
+            out.print(status_view(seen))
+        ill = [node for node in seen.nodes if node.state in (NodeState.LOST, NodeState.FAILED)]
+        if ill or not seen.nodes:
+            raise typer.Exit(WRONG)
+
+
+@app.command()
+def top(
+    cluster_name: ClusterName = DEFAULT_CLUSTER,
+    period_s: Annotated[
+        float,
+        typer.Option("--period", metavar="S", min=0.2, max=MAX_TOP_PERIOD_S, help="Seconds."),
+    ] = TOP_PERIOD_S,
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=0, help="End after so many; 0: at Ctrl-C.")
+    ] = 0,
+) -> None:
+    """The same as `status`, live."""
+    with explained():
+        cluster = connected(cluster_name)
+        shown = 0
+        with Live(console=out, auto_refresh=False) as live:
+            try:
+                while not rounds or shown < rounds:
+                    live.update(status_view(cluster.status()), refresh=True)
+                    shown += 1
+                    if shown != rounds:
+                        time.sleep(period_s)
+            except KeyboardInterrupt:
+                return
+
+
+@app.command()
+def doctor(cluster_name: ClusterName = DEFAULT_CLUSTER, as_json: AsJson = False) -> None:
+    """Check what sharing needs, and say between which engines kvray will share, or why not."""
+    with explained():
+        seen = connected(cluster_name).status()
+        findings, said = diagnose(seen), verdict(seen)
+        is_ill = any(finding.grade is Grade.BAD for finding in findings)
+        if as_json:
+            checks = [finding.to_dict() for finding in findings]
+            print_json({"ok": not is_ill, "findings": checks, "verdict": said})
+        else:
+            table = Table("", "check", "found")
+            for finding in findings:
+                grade = Text(finding.grade.value, style=GRADE_STYLES[finding.grade])
+                table.add_row(grade, finding.check, finding.text)
+            out.print(table)
+            out.print(Text(said, style="bold"))
+        if is_ill:
+            raise typer.Exit(WRONG)
+
+
+# -- what is typed ------------------------------------------------------------------------------
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """NAME=VALUE, the value as JSON if it is any, else as text. Raises ConfigError."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set {pair!r}: expected NAME=VALUE, as lookup_deadline_ms=500")
+        settings[name] = _value_of(text)
+    return settings
+
+
+def _value_of(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def full_node_id(cluster: Cluster, beginning: str) -> str:
+    """Raises ConfigError if it is not that of exactly one node."""
+    node_ids = [node.node_id for node in cluster.status().nodes]
+    found = [node_id for node_id in node_ids if node_id.startswith(beginning)]
+    if len(found) != 1:
+        raise ConfigError(
+            f"{beginning!r} is the beginning of {len(found)} node ids; the nodes are "
+            f"{', '.join(node_ids) or 'none'}"
+        )
+    return found[0]
+
+
+main: Callable[[], None] = app

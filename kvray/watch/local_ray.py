@@ -1,0 +1,140 @@
+"""A Ray cluster that `kvray start` begins where there is none, and `kvray stop` ends.
+
+    none ──begin──▶ `ray start --head --block` in a session of its own ──end──▶ none
+                     note in the runtime folder: pid, start time, address
+
+Only what the note names is ended, and only if that process is still the one that was started: a pid
+that was given to another process since is left alone, and so is every other Ray on this machine.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import ray
+
+from kvray.config import default_runtime_dir
+from kvray.errors import NodeLostError
+from kvray.node import process
+from kvray.node.slab_file import runtime_directory
+
+BEGIN_LIMIT_S = 60.0  # Ray starts in 3 to 5 s, on a busy host in 20
+END_LIMIT_S = 15.0  # `ray start --block` ends its children within 5 s of SIGTERM
+LOOK_PERIOD_S = 0.1
+LOOPBACK = ("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1")
+LOG_TAIL_CHARS = 2_000  # of a start that failed
+
+
+class Note(msgspec.Struct, frozen=True):
+    """Which process is the cluster."""
+
+    pid: int
+    start_ticks: int
+    address: str
+
+
+def note_path(cluster_name: str) -> Path:
+    """In the folder of sockets, which belongs to this user alone."""
+    return Path(default_runtime_dir()) / f"{cluster_name}.ray.json"
+
+
+def begin(cluster_name: str) -> str:
+    """Start a head node that outlives this process, and join it; its address. Raises NodeLostError
+    with the end of its log.
+    """
+    folder = runtime_directory(None)
+    log_path = folder / f"{cluster_name}.ray.log"
+    ray_command = [sys.executable, "-m", "ray.scripts.scripts"]
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":  # as ray.init() does for its own
+        subprocess.run(  # noqa: S603 (Ray's own command)
+            [*ray_command, "get-auth-token", "--generate"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=BEGIN_LIMIT_S,
+            check=True,
+        )
+    with log_path.open("wb") as log:
+        head = subprocess.Popen(  # noqa: S603 (Ray's own command)
+            [*ray_command, "start", "--head", "--block", "--port=0", *LOOPBACK],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    start_ticks = process.start_ticks(head.pid)
+    for _ in _rounds(BEGIN_LIMIT_S):
+        if head.poll() is not None or start_ticks is None:
+            break
+        with contextlib.suppress(ConnectionError, RuntimeError):
+            ray.init(address="auto", log_to_driver=False)
+            address = str(ray.get_runtime_context().gcs_address)
+            note = Note(head.pid, start_ticks, address)
+            _write(note_path(cluster_name), msgspec.json.encode(note))
+            return address
+    _end_session(head.pid)
+    tail = log_path.read_text(errors="replace")[-LOG_TAIL_CHARS:]
+    raise NodeLostError(
+        f"`ray start --head` did not come up within {BEGIN_LIMIT_S:.0f} s; {log_path} ends so:\n"
+        f"{tail}"
+    )
+
+
+def end(cluster_name: str) -> bool:
+    """End the Ray cluster that begin() has started under this name; whether there was one."""
+    path = note_path(cluster_name)
+    note = read_note(cluster_name)
+    if note is None:
+        path.unlink(missing_ok=True)
+        return False
+    _end_session(note.pid)
+    path.unlink(missing_ok=True)
+    return True
+
+
+def read_note(cluster_name: str) -> Note | None:
+    """None if there is none, or its process is gone."""
+    try:
+        note = msgspec.json.decode(note_path(cluster_name).read_bytes(), type=Note)
+    except (OSError, msgspec.DecodeError):
+        return None
+    return note if process.start_ticks(note.pid) == note.start_ticks else None
+
+
+def _end_session(pid: int) -> None:
+    """Of a process that leads its group and session."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, number)
+        for _ in _rounds(END_LIMIT_S):
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)  # if it is our own child
+            if not _group_lives(pid):
+                return
+
+
+def _group_lives(pid: int) -> bool:
+    try:
+        os.killpg(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _write(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+
+
+def _rounds(limit_s: float) -> Iterator[None]:
+    """Of a wait that ends by itself."""
+    end_s = time.monotonic() + limit_s
+    while time.monotonic() < end_s:
+        yield
+        time.sleep(LOOK_PERIOD_S)
