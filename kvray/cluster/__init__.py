@@ -140,6 +140,7 @@ class Cluster:
             cluster_name=self.name,
             term=seen["term"],
             roster_version=seen["roster_version"],
+            split_models=tuple(seen["split_models"]),
             nodes=tuple(
                 node_status(
                     node_id,
@@ -187,6 +188,16 @@ class Cluster:
         only NodeLostError, at the deadline).
         """
         self._await_nodes(node_count, deadline_s, progress, insists=node_count is None)
+
+    def recent(self, node_id: str) -> list[tuple[int, str]]:
+        """The last events of a node's core: how many ms ago, and what. Raises NodeLostError."""
+        store = self._node_stores([node_id]).get(node_id)
+        if store is None:
+            raise NodeLostError(f"node {node_id} has no NodeStore; see status()")
+        events: list[tuple[int, str]] = self._ask_actor(
+            store, f"the NodeStore of node {node_id}", "recent", deadline_s=NODE_DEADLINE_S
+        )
+        return events
 
     def clear(self) -> None:
         """Evict every block that no request is using, on every node that answers."""

@@ -83,6 +83,7 @@ class ClusterStatus:
     term: int  # of the directory: another one after it was restarted
     roster_version: int
     nodes: tuple[NodeStatus, ...]
+    split_models: tuple[str, ...] = ()  # whose engines do not all share; kvray doctor says why
 
     @property
     def hit_tokens(self) -> dict[str, int]:

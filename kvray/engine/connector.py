@@ -26,6 +26,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import Of
 from kvray.config import find_sockets
 from kvray.core.ids import Namespace
 from kvray.engine import hooks, support, versions
+from kvray.engine.chunk_names import CHUNK_TOKENS
 from kvray.engine.discovery import socket_finder
 from kvray.engine.guard import guarded, nothing
 from kvray.engine.jobs import (
@@ -99,7 +100,7 @@ class KVRayConnector(OffloadingConnector):
             namespace=Namespace(digest(fields)),
             label=f"{vllm_config.model_config.model} pid {os.getpid()}",
             model=str(vllm_config.model_config.model),
-            fields=as_text(fields),
+            fields=as_text(fields | {CHUNK_TOKENS: self._chunk_tokens()}),
             budget_s=config.step_budget_ms / 1_000,
         )
         self.lookups.open(self._client, fields)
@@ -108,6 +109,10 @@ class KVRayConnector(OffloadingConnector):
             wait_session(self._client)
         if self._uncached is not None:
             logger.warning("kvray: this engine runs uncached: %s", self._uncached)
+
+    def _chunk_tokens(self) -> int:
+        groups = self.connector_scheduler.config.kv_group_configs
+        return min(int(group.tokens_per_chunk) for group in groups)
 
     @property
     def lookups(self) -> Lookups:

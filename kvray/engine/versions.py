@@ -5,6 +5,7 @@ named exactly, each with the NIXL that goes with it. Private names of vLLM that 
 gathered here too: what breaks with a new release breaks in this file.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from kvray.errors import NotAttachedError
@@ -143,3 +144,29 @@ def hit_source(*, from_peer: bool) -> Any:
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
     return CacheHitSource.P2P if from_peer else CacheHitSource.HOST
+
+
+def block_hashes(
+    token_ids: Sequence[int], *, algorithm: str, seed: str, tokens_per_hash: int
+) -> list[bytes]:
+    """Of each full block of tokens_per_hash tokens, as an engine with this algorithm and seed
+    computes them for a prompt of nothing but tokens.
+    """
+    from vllm.utils.hashing import get_hash_fn_by_name
+    from vllm.v1.core.kv_cache_utils import hash_block_tokens
+
+    hash_function = get_hash_fn_by_name(algorithm)
+    parent = hash_function(seed)  # what vLLM calls NONE_HASH
+    hashes: list[bytes] = []
+    for start in range(0, len(token_ids) - tokens_per_hash + 1, tokens_per_hash):
+        parent = hash_block_tokens(
+            hash_function, parent, token_ids[start : start + tokens_per_hash], None
+        )
+        hashes.append(bytes(parent))
+    return hashes
+
+
+def offload_key(block_hash: bytes, *, group: int) -> bytes:
+    from vllm.v1.kv_offload.base import make_offload_key
+
+    return bytes(make_offload_key(block_hash, group))

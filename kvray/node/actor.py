@@ -90,6 +90,11 @@ class NodeStore:
         """Evict every block that nobody has pinned."""
         self._loop.ask(lambda serving: serving.clear())
 
+    def recent(self) -> list[tuple[int, str]]:
+        """The last events of the core: how many ms ago, and what."""
+        events: list[tuple[int, str]] = self._loop.ask(lambda serving: serving.recent())
+        return events
+
     def check(self) -> None:
         """Assert all invariants; a broken one ends this process, as any bug does."""
         self._loop.ask(lambda serving: serving.check())

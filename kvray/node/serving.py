@@ -71,6 +71,7 @@ logger = logging.getLogger("kvray.node")
 # A peer that was woken polls quickly for 100 ms (node.pace). Less than that, so that it stays
 # awake while a request's reads go on, one batch after another.
 WAKE_PERIOD_MS = 80
+RECENT_EVENTS = 512  # for `kvray trace`: the last second or two under load, 60 KB
 LINK_DEADLINE_MS = 30_000  # making the first agent takes 0.4 to 1.4 s, and seconds on a busy host
 
 _EFFECTS = (WriteHeader, WriteExtent, MarkGeneration)
@@ -126,6 +127,7 @@ class Serving:
         self._connected: dict[NodeId, Epoch] = {}
         self._new_epoch: Epoch | None = None  # taken, while the link for it is being made
         self._link_due_ms: int | None = None  # when that has to be done
+        self._recent: deque[tuple[int, str]] = deque(maxlen=RECENT_EVENTS)
         self._take_overs = 0
         self._taking_over: dict[int, Future[list[bytes]]] = {}
         self._doers: dict[type, Callable[[Any], None]] = {
@@ -226,6 +228,7 @@ class Serving:
     def _on_server_events(self, events: Sequence[ServerEvent]) -> None:
         for event in events:
             if isinstance(event, MessageReceived):
+                self._recent.append((clock_ms(), type(event.message).__name__))
                 self._do(self._core.on_message(event.session_id, event.message, clock_ms()))
             elif isinstance(event, SessionClosed):
                 self._do(self._core.on_session_closed(event.session_id, clock_ms()))
@@ -238,6 +241,7 @@ class Serving:
 
     def _on_event(self, event: Event) -> None:
         now_ms = clock_ms()
+        self._recent.append((now_ms, type(event).__name__))
         match event:
             case ReadEnded():
                 self._on_read_ended(event, now_ms)
@@ -382,6 +386,7 @@ class Serving:
         self._taking_over.pop(took.call_id).set_result(list(took.keys))
 
     def _log(self, log: Log) -> None:
+        self._recent.append((clock_ms(), log.text))
         logger.log(logging.WARNING if log.warning else logging.INFO, "%s", log.text)
 
     def _restart(self, restart: Restart) -> None:
@@ -419,6 +424,11 @@ class Serving:
 
     def clear(self) -> None:
         self._do(self._core.clear(clock_ms()))
+
+    def recent(self) -> list[tuple[int, str]]:
+        """The last events, each with how many ms ago it was, the oldest first."""
+        now_ms = clock_ms()
+        return [(now_ms - at_ms, what) for at_ms, what in self._recent]
 
     def check(self) -> None:
         self._core.check()

@@ -22,13 +22,15 @@ from kvray import cluster as kvray_cluster
 from kvray.cluster import Cluster, NodeState
 from kvray.errors import ConfigError, KVRayError, NodeLostError
 from kvray.watch import local_ray
-from kvray.watch.doctor import Grade, diagnose, verdict
+from kvray.watch.doctor import Grade, diagnose, engines_in, verdict
 from kvray.watch.tables import NODE_CHARS, status_data, status_view
+from kvray.watch.whereabouts import locate_prompt, one_engine, token_ids_of, where_view
 
 DEFAULT_CLUSTER = "default"
 WRONG = 1  # exit code
 GRADE_STYLES = {Grade.GOOD: "green", Grade.WARNING: "yellow", Grade.BAD: "red"}
 TOP_PERIOD_S = 1.0
+TRACE_LINES = 40
 MAX_TOP_PERIOD_S = 3_600.0
 
 app = typer.Typer(
@@ -213,6 +215,31 @@ def status(cluster_name: ClusterName = DEFAULT_CLUSTER, as_json: AsJson = False)
 
 
 @app.command()
+def where(
+    tokens: Annotated[
+        str, typer.Option("--tokens", metavar="1,2,3", help="Token ids; @FILE reads a JSON list.")
+    ] = "",
+    prompt: Annotated[
+        str, typer.Option("--prompt", metavar="TEXT", help="Split by the model's own tokenizer.")
+    ] = "",
+    model: Annotated[
+        str, typer.Option("--model", help="Which, if engines of several are attached.")
+    ] = "",
+    cluster_name: ClusterName = DEFAULT_CLUSTER,
+    as_json: AsJson = False,
+) -> None:
+    """Which nodes hold how much of a prompt."""
+    with explained():
+        cluster = connected(cluster_name)
+        engine = one_engine(engines_in(cluster.status()), model)
+        found = locate_prompt(cluster, engine, token_ids_of(tokens, prompt, engine.model))
+        if as_json:
+            print_json(found)
+        else:
+            out.print(where_view(found))
+
+
+@app.command()
 def top(
     cluster_name: ClusterName = DEFAULT_CLUSTER,
     period_s: Annotated[
@@ -257,6 +284,24 @@ def doctor(cluster_name: ClusterName = DEFAULT_CLUSTER, as_json: AsJson = False)
             out.print(Text(said, style="bold"))
         if is_ill:
             raise typer.Exit(WRONG)
+
+
+@app.command()
+def trace(
+    node: Annotated[str, typer.Argument(help="A Ray node id, or the beginning of one.")],
+    last: Annotated[int, typer.Option("--last", min=1, help="How many events.")] = TRACE_LINES,
+    cluster_name: ClusterName = DEFAULT_CLUSTER,
+    as_json: AsJson = False,
+) -> None:
+    """The last events of a node's core: what engines, peers and the directory have said to it."""
+    with explained():
+        cluster = connected(cluster_name)
+        events = cluster.recent(full_node_id(cluster, node))[-last:]
+        if as_json:
+            print_json([{"ago_ms": ago_ms, "event": what} for ago_ms, what in events])
+        else:
+            for ago_ms, what in events:
+                out.print(Text(f"{-ago_ms:>8,} ms  {what}"))
 
 
 # -- what is typed ------------------------------------------------------------------------------

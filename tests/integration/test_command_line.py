@@ -1,0 +1,103 @@
+"""`kvray` as it is typed: a cluster from nothing to nothing, each command a process of its own.
+
+Method: a temporary folder of Ray's and of kvray's, so that no other cluster of this machine is
+found. Nothing that was begun may be left.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvray.config import SHM_FOLDER
+from tests.engines import ROOT
+
+pytestmark = [pytest.mark.heavy]
+
+CLUSTER = "typed"
+COMMAND_LIMIT_S = 120.0  # `start` begins Ray and two actors, on a busy machine
+SLAB = ("--slab-bytes", "16 MiB", "--set", "extent_bytes=1 MiB")
+
+
+class Terminal:
+    """Types commands; each is a process that knows of no Ray but this one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+            "RAY_TMPDIR": str(folder / "ray"),
+            "KVRAY_RUNTIME_DIR": str(folder / "run"),
+            "PYTHONPATH": str(ROOT),
+            "COLUMNS": "200",
+        }
+        (folder / "ray").mkdir()
+
+    def type(self, *words: str, code: int = 0) -> "subprocess.CompletedProcess[str]":
+        done = subprocess.run(
+            [sys.executable, "-m", "kvray.watch", *words],
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_LIMIT_S,
+            env=self._environment,
+            check=False,
+        )
+        assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def ask(self, *words: str, code: int = 0) -> Any:
+        """With --json: what stdout holds, which is one document."""
+        return json.loads(self.type(*words, "--cluster", CLUSTER, "--json", code=code).stdout)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    with tempfile.TemporaryDirectory(prefix="kvray-", dir="/tmp") as folder:  # short: sockets
+        terminal = Terminal(Path(folder))
+        yield terminal
+        terminal.type("stop", "--cluster", CLUSTER, code=1)  # nothing is there: the test has ended
+
+
+def test_from_nothing_to_nothing(terminal: Terminal) -> None:
+    before = {p.name for p in Path(SHM_FOLDER).glob("kvray-*")}
+    assert "`kvray start` begins one" in terminal.type("status", code=1).stderr
+
+    begun = terminal.ask("start", *SLAB)
+    assert begun["began_ray"]
+    (node,) = begun["nodes"]
+    assert (node["state"], node["slab_bytes"], node["models"]) == ("ready", 16 << 20, [])
+
+    assert not terminal.ask("start", *SLAB)["began_ray"], "a second start finds the first"
+    status = terminal.ask("status")
+    assert status["nodes"] == begun["nodes"]
+    assert status["hit_tokens"] == {"device": 0, "local": 0, "peer": 0, "computed": 0}
+    assert node["node"][:8] in terminal.type("top", "--rounds", "1", "--cluster", CLUSTER).stdout
+    assert terminal.ask("clear")["blocks_after"] == 0
+    events = terminal.ask("trace", node["node"][:8])
+    assert any("joined the directory" in event["event"] for event in events)
+    assert all(event["ago_ms"] >= 0 for event in events)
+    wrong = terminal.type("where", "--tokens", "1,2", "--cluster", CLUSTER, code=1)
+    assert "no engine" in wrong.stderr
+
+    doctor = terminal.ask("doctor")
+    assert doctor["ok"]
+    assert "kvray.attach" in doctor["verdict"]
+    assert "kvray.attach" in terminal.type("doctor", "--cluster", CLUSTER).stdout
+
+    wrong = terminal.type("start", "--set", "slab_byte=1", "--cluster", CLUSTER, code=1)
+    assert "slab_bytes" in wrong.stderr, "the right name is suggested"
+    wrong = terminal.type("drain", "feedfeed", "--cluster", CLUSTER, code=1)
+    assert node["node"] in wrong.stderr.replace("\n", "")
+
+    assert terminal.ask("stop") == {"cluster": CLUSTER, "stopped": True, "ended_ray": True}
+    assert {p.name for p in Path(SHM_FOLDER).glob("kvray-*")} == before
+    assert "no Ray cluster" in terminal.type("doctor", "--cluster", CLUSTER, code=1).stderr
+
+
+def test_what_is_not_understood_is_exit_code_2(terminal: Terminal) -> None:
+    assert "No such command" in terminal.type("statsu", code=2).stderr
+    assert "drain" in terminal.type("--help").stdout
