@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import kvray
+from kvray.watch.tables import status_view
 
 sys.path.insert(0, str(Path(__file__).parent))
 from smollm2 import smollm2_folder
@@ -195,11 +196,14 @@ def main() -> int:
     try:
         node_ids = [node["NodeID"] for node in ray.nodes()]
         result = run(cluster, model, node_ids)
+        status = cluster.status()
     finally:
         cluster.stop()
         ray.shutdown()
         nodes.shutdown()
+    result |= {"hit_tokens": status.hit_tokens, "miss_tokens": status.miss_tokens}
     show(result)
+    console.print("\nWhat `kvray status` says of it:", status_view(status))
     full_chunks = result["prompt_tokens"] // CHUNK_TOKENS * CHUNK_TOKENS
     good = result["peer_hit_tokens"] == full_chunks and result["same_answer"]
     if not good:
