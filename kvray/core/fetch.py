@@ -451,6 +451,8 @@ class FetchCore:
             "turns": self._turns.snapshot(),
             "reads": self._reads.snapshot(),
             "locates": len(self._locates),
+            "locate_durations": list(self._locates.durations.counts),
+            "read_durations": list(self._reads.durations.counts),
             "peers": {
                 peer.node_id: {
                     "epoch": peer.epoch,

@@ -146,7 +146,7 @@ class Fetching:
         elif isinstance(told, Arrived):
             self._lookups.on_arrived(told, now_ms)
         else:
-            self._lookups.on_missed(told)
+            self._lookups.on_missed(told, now_ms)
 
     def _reserve(self, wants: Sequence[tuple[BlockKey, int]], now_ms: int) -> list[Grant | Place]:
         """Nothing is evicted for what is taken over. Those come in batches of their own, mostly,

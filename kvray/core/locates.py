@@ -6,6 +6,7 @@ add ─▶ waits for a call ─▶ asked ─▶ answered, failed or late
 from kvray.core.break_even import Overhead
 from kvray.core.commands import AskDirectory
 from kvray.core.deadlines import Deadlines
+from kvray.core.durations import Durations
 from kvray.core.ids import BlockKey
 from kvray.core.reads import Fetch, FetchLimits, FetchState
 
@@ -21,6 +22,7 @@ class Locates:
         self._asked: dict[int, list[Fetch]] = {}
         self._asked_ms: dict[int, int] = {}  # since when; as _asked
         self.overhead = Overhead()
+        self.durations = Durations()  # of calls that were answered
         self._deadlines: Deadlines[int] = Deadlines()
         self._last_id = 0
 
@@ -53,6 +55,7 @@ class Locates:
         asked_ms = self._asked_ms.get(locate_id)
         if asked_ms is not None:
             self.overhead.add(now_ms - asked_ms, now_ms=now_ms)
+            self.durations.add(now_ms - asked_ms)
         return self.take(locate_id)
 
     def take(self, locate_id: int) -> list[Fetch]:

@@ -27,6 +27,7 @@ from kvray.core.commands import (
     Send,
     Waiter,
 )
+from kvray.core.durations import Durations
 from kvray.core.fetch import FetchCore
 from kvray.core.ids import BlockKey, ClientId, OpId
 from kvray.core.look import Look, Run, runs_of
@@ -52,6 +53,7 @@ class _Lookup(msgspec.Struct, eq=False):
     waiting: dict[BlockKey, int]  # key and its index
     slots: dict[int, bytes]  # SLOT_DTYPE rows of what is HIT or COMING and has not been told
     deadline_ms: int
+    begun_ms: int
     is_answered: bool = False  # the LookupReply is out: the rest goes into LookupUpdates
     changed: set[int] = set()  # other than what was told last
     causes: dict[int, MissReason] = {}  # of misses that have not been told
@@ -75,6 +77,7 @@ class Lookups:
         self._writes = Waits()  # for keys that engines of this node are writing
         self._untold: dict[Waiter, _Lookup] = {}
         self.misses = dict.fromkeys(MissReason, 0)  # in keys, as the counters are
+        self.durations = Durations()  # until nothing of a look-up was waited for any more
         self.counters = dict.fromkeys(
             ("lookups", "looked_up", "hits_local", "hits_fetched", "hits_awaited", "waits"), 0
         )
@@ -117,6 +120,7 @@ class Lookups:
         for reason, count in look.misses.items():
             self.misses[reason] += count
         if not look.writes and not look.wants:
+            self.durations.add(0)
             return LookupReply(message.op, bytes(look.states), b"".join(slots), look.causes), []
         deadline_ms = now_ms + min(message.deadline_ms, MAX_WAIT_MS)
         lookup = _Lookup(
@@ -128,6 +132,7 @@ class Lookups:
             {keys[i]: i for i in sorted((*look.writes, *look.wants))},
             dict(zip(look.hits(), slots, strict=True)),
             deadline_ms,
+            now_ms,
             causes=look.causes,
             is_stranger=is_stranger,
         )
@@ -210,7 +215,7 @@ class Lookups:
                 is_here = self._store.find(key) is not None
                 reason = MissReason.OTHER_SIZE if is_here else MissReason.OVERLOADED
                 self._miss(lookup, key, reason)
-        self._forget_if_settled(lookup)
+        self._forget_if_settled(lookup, now_ms)
 
     def on_coming(self, told: Coming) -> None:
         """Nothing is pinned yet, and nothing is settled: these are waited for as before."""
@@ -224,14 +229,14 @@ class Lookups:
                 lookup.slots[index] = pack_slot(place.slot, place.generation, place.offset)
                 self._note(lookup, index)
 
-    def on_missed(self, told: Missed) -> None:
+    def on_missed(self, told: Missed, now_ms: int) -> None:
         lookup = self._waiting.get(told.waiter)
         if lookup is None:
             return  # all of it was behind a miss of the same event
         for key in told.keys:
             if key in lookup.waiting:
                 self._miss(lookup, key, told.reason)
-        self._forget_if_settled(lookup)
+        self._forget_if_settled(lookup, now_ms)
 
     def take_told(self) -> list[Send]:
         """The replies and updates that are due."""
@@ -272,7 +277,7 @@ class Lookups:
     def _settle_writes(self, now_ms: int) -> None:
         for told in self._writes.take_told():
             if isinstance(told, Missed):
-                self.on_missed(told)
+                self.on_missed(told, now_ms)
             elif isinstance(told, Arrived):
                 self.on_arrived(told, now_ms, counter="hits_awaited")
 
@@ -313,9 +318,9 @@ class Lookups:
             lookup.changed.add(index)
             self._untold[lookup.waiter] = lookup
 
-    def _forget_if_settled(self, lookup: _Lookup) -> None:
-        if not lookup.waiting:
-            self._waiting.pop(lookup.waiter, None)
+    def _forget_if_settled(self, lookup: _Lookup, now_ms: int) -> None:
+        if not lookup.waiting and self._waiting.pop(lookup.waiter, None) is not None:
+            self.durations.add(now_ms - lookup.begun_ms)
 
     def fetching(self) -> list[Waiter]:
         """The lookups that wait for a fetch."""
@@ -323,7 +328,11 @@ class Lookups:
 
     def snapshot(self) -> dict[str, Any]:
         return (
-            {"waiting": len(self._waiting), "waiting_for_writes": self._writes.snapshot()}
+            {
+                "waiting": len(self._waiting),
+                "waiting_for_writes": self._writes.snapshot(),
+                "durations": list(self.durations.counts),
+            }
             | self.counters
             | {"misses": {reason.value: count for reason, count in self.misses.items() if count}}
         )

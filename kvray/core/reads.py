@@ -30,6 +30,7 @@ from kvray.core.commands import (
     ReleaseTargets,
 )
 from kvray.core.deadlines import Deadlines
+from kvray.core.durations import Durations
 from kvray.core.effects import Place
 from kvray.core.header_runs import Offsets, header_runs
 from kvray.core.ids import BlockKey, Epoch, NodeId, ReadId, SlotState
@@ -140,6 +141,7 @@ class Reads:
         self._last_id = 0
         self._busy_since_ms = 0
         self.headers_overhead = Overhead()
+        self.durations = Durations()  # of payloads that have come, with their headers if along
         self.counters = dict.fromkeys(("reads", "failed", "abandoned", "busy_ms"), 0)
 
     @property
@@ -204,6 +206,8 @@ class Reads:
         read.peer.under_way -= 1
         if read.kind is ReadKind.PAYLOAD:
             read_bytes = sum(fetch.bytes for fetch in read.fetches) if came else 0
+            if came:
+                self.durations.add(now_ms - read.posted_ms)
             read.peer.end_payload(read_bytes, read.posted_ms, now_ms=now_ms)
         elif came:
             self.headers_overhead.add(now_ms - read.posted_ms, now_ms=now_ms)

@@ -41,10 +41,13 @@ class NodeStore:
         # Not before: Ray has started this process at niceness 15, beside engines that compute and
         # wait for it, and to import all this takes 0.2 s of a core.
         from kvray.node.loop import NodeLoop
+        from kvray.node.meters import MeterThread
 
         self._name = f"NodeStore(node={node_id[:8]})"
         self._loop = NodeLoop(Config.parse(settings), NodeId(node_id))
         self._loop.start()
+        self._meters = MeterThread(node_id, self._loop.status)
+        self._meters.start()
 
     def __repr__(self) -> str:
         return self._name
@@ -103,4 +106,5 @@ class NodeStore:
         """Say bye and leave no slab and no socket; the caller kills the actor then. Returns the
         paths that are left all the same.
         """
+        self._meters.end()
         return self._loop.stop(STOP_DEADLINE_S)
