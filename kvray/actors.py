@@ -1,9 +1,10 @@
-"""What kvray's two kinds of Ray actors have in common: their names, and how their process behaves.
+"""What kvray's kinds of Ray actors have in common: their names, and how their process behaves.
 
     kvray:<cluster>:directory            one per cluster       (kvray.directory.actor)
     kvray:<cluster>:node:<node id>       one per Ray node      (kvray.node.actor)
+    kvray:<cluster>:page                 at most one           (kvray.watch.page)
 
-All in RAY_NAMESPACE, whatever namespace the caller's job is in. Knows neither of the two.
+All in RAY_NAMESPACE, whatever namespace the caller's job is in. Knows none of them.
 """
 
 import gc
@@ -26,6 +27,10 @@ BUG_EXIT_CODE = 70  # EX_SOFTWARE, see sysexits.h; Ray starts the actor again
 
 def directory_name(cluster_name: str) -> str:
     return f"kvray:{cluster_name}:directory"
+
+
+def page_name(cluster_name: str) -> str:
+    return f"kvray:{cluster_name}:page"
 
 
 def node_store_name(cluster_name: str, node_id: str) -> str:

@@ -27,6 +27,7 @@ from kvray.actors import (
     directory_name,
     node_store_name,
     node_store_prefix,
+    page_name,
     refuse_optimized,
 )
 from kvray.cluster.draining import Drain, Drained
@@ -251,8 +252,9 @@ class Cluster:
             settings = self._origin().config.to_dict()
             self._ask("stop_supervising", deadline_s=min(CALL_DEADLINE_S, deadline_s))
         left = self._end_stores(self._node_stores(), settings, deadline_s)
-        with contextlib.suppress(ValueError):
-            ray.kill(self._find_directory(), no_restart=True)
+        for name in (page_name(self.name), directory_name(self.name)):
+            with contextlib.suppress(ValueError):
+                ray.kill(ray.get_actor(name, namespace=RAY_NAMESPACE), no_restart=True)
         left += self._names_left()
         if left:
             raise NodeLostError(
@@ -303,10 +305,6 @@ class Cluster:
         left = [path for paths in answers.values() for path in paths or ()]
         silent = [node_id for node_id in stores if answers[node_id] is None]
         return left + sweep(settings, silent, SWEEP_DEADLINE_S)
-
-    def _find_directory(self) -> Any:  # noqa: ANN401
-        """Raises ValueError if there is none."""
-        return ray.get_actor(directory_name(self.name), namespace=RAY_NAMESPACE)
 
     def _node_stores(self, node_ids: Sequence[str] | None = None) -> dict[str, Any]:
         """Handles by node id. None: all there are."""
@@ -362,6 +360,7 @@ class Cluster:
         while True:
             names = actor_names(node_store_prefix(self.name))
             names += actor_names(directory_name(self.name))
+            names += actor_names(page_name(self.name))
             if not names or time.monotonic() >= end_s:
                 return [f"actor {name}" for name in names]
             time.sleep(LOOK_PERIOD_S)

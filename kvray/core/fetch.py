@@ -260,7 +260,9 @@ class FetchCore:
         stale = list(compress(read.fetches, ~are_proven))
         if proven:
             self._counters["fetched_blocks"] += len(proven)
-            self._counters["fetched_bytes"] += sum(fetch.bytes for fetch in proven)
+            proven_bytes = sum(fetch.bytes for fetch in proven)
+            self._counters["fetched_bytes"] += proven_bytes
+            read.peer.fetched_bytes += proven_bytes
             self._commands.append(CommitTargets(targets_of(proven)))
             self._bring(proven)
         if stale:
@@ -460,6 +462,7 @@ class FetchCore:
                     "abandoned_reads": self._reads.owed_by(peer),
                     "avoid_until_ms": peer.avoid_until_ms,
                     "bytes_per_ms": peer.rate.last_known(),
+                    "fetched_bytes": peer.fetched_bytes,
                 }
                 for peer in self._peers.values()
             },

@@ -45,6 +45,7 @@ class Peer:
         "_slots_in_extent",
         "_slots_per_extent",
         "avoid_until_ms",
+        "fetched_bytes",
         "info",
         "last_payload_ms",
         "outstanding_bytes",
@@ -58,6 +59,7 @@ class Peer:
         self.under_way = 0  # reads that have been posted and not ended
         self.avoid_until_ms = 0
         self.rate = Rate(rate_sample_bytes)
+        self.fetched_bytes = 0  # of payload that was proven
         self.last_payload_ms = 0  # when a read of payload last ended
         self._avoid_ms = 0
         # Geometry works out its numbers at each call; here they are needed for every block.

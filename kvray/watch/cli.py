@@ -23,6 +23,7 @@ from kvray.cluster import Cluster, NodeState
 from kvray.errors import ConfigError, KVRayError, NodeLostError
 from kvray.watch import local_ray
 from kvray.watch.doctor import Grade, diagnose, engines_in, verdict
+from kvray.watch.page import LOOPBACK, open_page, page_url
 from kvray.watch.tables import NODE_CHARS, status_data, status_view
 from kvray.watch.whereabouts import locate_prompt, one_engine, token_ids_of, where_view
 
@@ -88,6 +89,7 @@ def print_json(data: object) -> None:
 
 @app.command()
 def start(
+    *,
     cluster_name: ClusterName = DEFAULT_CLUSTER,
     slab_bytes: Annotated[
         str, typer.Option("--slab-bytes", metavar="SIZE", help='Of each node, as "200 GiB".')
@@ -96,6 +98,11 @@ def start(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Another field of kvray.Config."),
     ] = None,
+    page: Annotated[bool, typer.Option(help="Serve kvray's own page.")] = True,
+    page_host: Annotated[
+        str, typer.Option(help="Where; it has no password, so think before you widen it.")
+    ] = LOOPBACK,
+    page_port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any free one.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Run kvray on this Ray cluster; begin a local one, which outlives this command, if there is
@@ -121,11 +128,14 @@ def start(
                 ray.shutdown()
                 local_ray.end(cluster_name)
             raise
+        url = open_page(cluster, host=page_host, port=page_port) if page else page_url(cluster)
         status = cluster.status()
         if as_json:
-            print_json(status_data(status) | {"began_ray": begun})
+            print_json(status_data(status, page_url=url) | {"began_ray": begun})
             return
         out.print(status_view(status))
+        if url:
+            out.print(f"page: {url}")
         if begun:
             out.print("A Ray cluster was begun on this machine; `kvray stop` ends it.")
 
@@ -204,11 +214,14 @@ def clear(cluster_name: ClusterName = DEFAULT_CLUSTER, as_json: AsJson = False) 
 def status(cluster_name: ClusterName = DEFAULT_CLUSTER, as_json: AsJson = False) -> None:
     """Nodes, slabs, models, and where the tokens of all prompts came from."""
     with explained():
-        seen = connected(cluster_name).status()
+        cluster = connected(cluster_name)
+        seen, url = cluster.status(), page_url(cluster)
         if as_json:
-            print_json(status_data(seen))
+            print_json(status_data(seen, page_url=url))
         else:
             out.print(status_view(seen))
+            if url:
+                out.print(f"page: {url}")
         ill = [node for node in seen.nodes if node.state in (NodeState.LOST, NodeState.FAILED)]
         if ill or not seen.nodes:
             raise typer.Exit(WRONG)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 
 from kvray.config import SHM_FOLDER
 from tests.engines import ROOT
+from tests.ray_nodes import wait_until
 
 pytestmark = [pytest.mark.heavy]
 
@@ -62,6 +64,20 @@ def terminal() -> Iterator[Terminal]:
         terminal.type("stop", "--cluster", CLUSTER, code=1)  # nothing is there: the test has ended
 
 
+def get_json(url: str) -> Any:
+    """Of kvray's page, once it has seen a status."""
+    found: Any = {"latest": None}
+
+    def has_seen() -> bool:
+        nonlocal found
+        with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310 (our own page)
+            found = json.load(answer)
+        return found["latest"] is not None
+
+    wait_until(has_seen, what="a first status on the page")
+    return found
+
+
 def test_from_nothing_to_nothing(terminal: Terminal) -> None:
     before = {p.name for p in Path(SHM_FOLDER).glob("kvray-*")}
     assert "`kvray start` begins one" in terminal.type("status", code=1).stderr
@@ -76,6 +92,9 @@ def test_from_nothing_to_nothing(terminal: Terminal) -> None:
     assert status["nodes"] == begun["nodes"]
     assert status["hit_tokens"] == {"device": 0, "local": 0, "peer": 0, "computed": 0}
     assert node["node"][:8] in terminal.type("top", "--rounds", "1", "--cluster", CLUSTER).stdout
+    assert status["page_url"] == begun["page_url"]
+    page = get_json(status["page_url"] + "data")
+    assert [row["node"] for row in page["latest"]["nodes"]] == [node["node"]]
     assert terminal.ask("clear")["blocks_after"] == 0
     events = terminal.ask("trace", node["node"][:8])
     assert any("joined the directory" in event["event"] for event in events)

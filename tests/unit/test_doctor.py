@@ -5,76 +5,12 @@ from typing import Any
 
 import pytest
 
-from kvray.cluster import ClusterStatus, NodeState, NodeStatus
+from kvray.cluster import ClusterStatus, NodeState
 from kvray.errors import ConfigError
 from kvray.watch.cli import parse_settings
 from kvray.watch.doctor import Finding, Grade, diagnose, verdict
 from kvray.watch.tables import status_data
-
-GIB = 1 << 30
-FIELDS = {"hash_seed": '"1"', "model_dtype": '"bfloat16"', "blocks_per_chunk": "8"}
-
-
-def engine(model: str = "llama", *, pid: int = 1, **fields: str) -> dict[str, Any]:
-    own = FIELDS | fields
-    return {
-        "role": "engine",
-        "state": "open",
-        "pid": pid,
-        "model": model,
-        "namespace": f"{hash(json.dumps(own)) & 0xFFFFFFFF:08x}",
-        "fields": own,
-    }
-
-
-def node(
-    name: str,
-    *engines: dict[str, Any],
-    state: NodeState = NodeState.READY,
-    problem: str = "",
-    locked: bool = True,
-    totals: dict[str, int] | None = None,
-    rate: float | None = None,
-    **facts: Any,
-) -> NodeStatus:
-    details = {
-        "clients": [*engines, {"role": "worker", "state": "open", "pid": 9}],
-        "slab": {"locked_in_memory": locked},
-        "host_facts": {
-            "versions": {"kvray": "1", "ray": "2.60.0", "nixl": "1.5.1", "python": "3.11.7"},
-            "boot_id": "this machine",
-            "memlock_bytes": 65_536,
-            "memory_margin_bytes": 64 * GIB,
-            "shm_free_bytes": 8 * GIB,
-            "rdma_devices": [],
-        }
-        | facts,
-        "engine_totals": totals or {},
-        "fetch": {
-            "fetched_bytes": 2 * 10**9,
-            "fetch_busy_ms": 1_000,
-            "peers": {"b" * 56: {"bytes_per_ms": rate}} if rate else {},
-        },
-        "storing": {"committed": 5, "dropped": 1},
-    }
-    return NodeStatus(
-        node_id=name * 56,
-        state=state,
-        host="host",
-        epoch=7,
-        slab_bytes=GIB,
-        used_bytes=GIB // 2,
-        block_count=3,
-        client_count=2,
-        pid=1,
-        peer_count=1,
-        problem=problem,
-        details={} if state is NodeState.LOST else details,
-    )
-
-
-def cluster(*nodes: NodeStatus) -> ClusterStatus:
-    return ClusterStatus("default", term=1, roster_version=1, nodes=nodes)
+from tests.statuses import FIELDS, cluster, engine, node
 
 
 def bad(status: ClusterStatus) -> list[Finding]:
