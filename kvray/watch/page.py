@@ -60,34 +60,38 @@ class PageServer:
         self._snapshot = snapshot
         self._host = host
         self._loop = asyncio.new_event_loop()
-        opened: Future[str] = Future()
-        threading.Thread(
-            target=self._run, args=(port, opened), name="kvray-page", daemon=True
-        ).start()
-        self.url = opened.result(OPEN_DEADLINE_S)
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-
-    def _run(self, port: int, opened: "Future[str]") -> None:
-        asyncio.set_event_loop(self._loop)
-        try:
-            opened.set_result(self._loop.run_until_complete(self._open(port)))
-        except OSError as exc:
-            opened.set_exception(exc)
-            return
-        self._loop.run_forever()
-
-    async def _open(self, port: int) -> str:
         app = web.Application(middlewares=[self._guarded])
         for path in FILES:
             app.router.add_get(path, _file)
         app.router.add_get("/data", self._data)
-        runner = web.AppRunner(app, access_log=None)
-        await runner.setup()
-        site = web.TCPSite(runner, self._host, port)
+        self._runner = web.AppRunner(app, access_log=None)
+        opened: Future[str] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(port, opened), name="kvray-page", daemon=True
+        )
+        self._thread.start()
+        self.url = opened.result(OPEN_DEADLINE_S)
+
+    def close(self) -> None:
+        """Nobody is answered any more, and the port is free."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(OPEN_DEADLINE_S)
+
+    def _run(self, port: int, opened: "Future[str]") -> None:
+        try:
+            opened.set_result(self._loop.run_until_complete(self._open(port)))
+            self._loop.run_forever()
+        except OSError as exc:
+            opened.set_exception(exc)
+        finally:
+            self._loop.run_until_complete(self._runner.cleanup())
+            self._loop.close()
+
+    async def _open(self, port: int) -> str:
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, self._host, port)
         await site.start()
-        number = runner.addresses[0][1]
+        number = self._runner.addresses[0][1]
         return f"http://{self._host}:{number}/"
 
     async def _data(self, _request: web.Request) -> web.StreamResponse:

@@ -1,9 +1,11 @@
 """The page over real HTTP: what it serves, what it refuses, and that nothing can be changed."""
 
+import contextlib
 import http.client
 import json
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import pytest
 
@@ -21,30 +23,37 @@ def server() -> Iterator[PageServer]:
     server.close()
 
 
-def ask(
-    server: PageServer, path: str, *, method: str = "GET", host: str | None = None
-) -> http.client.HTTPResponse:
+@dataclass
+class Answer:
+    status: int
+    headers: Mapping[str, str]
+    body: str
+
+
+def ask(server: PageServer, path: str, *, method: str = "GET", host: str | None = None) -> Answer:
     address = urllib.parse.urlsplit(server.url)
     assert address.hostname == LOOPBACK
     connection = http.client.HTTPConnection(LOOPBACK, address.port or 0, timeout=10)
-    connection.request(method, path, headers={"Host": host} if host else {})
-    return connection.getresponse()
+    with contextlib.closing(connection):
+        connection.request(method, path, headers={"Host": host} if host else {})
+        answer = connection.getresponse()
+        return Answer(answer.status, dict(answer.getheaders()), answer.read().decode())
 
 
 def test_the_page_its_script_and_its_style_are_served_without_a_build(server: PageServer) -> None:
-    page = ask(server, "/").read().decode()
+    page = ask(server, "/").body
     assert 'src="page.js"' in page
     assert 'href="page.css"' in page
     for path, kind in (("/page.js", "text/javascript"), ("/page.css", "text/css")):
         answer = ask(server, path)
         assert answer.status == 200
-        assert (answer.getheader("Content-Type") or "").startswith(kind)
-        assert "default-src 'none'" in (answer.getheader("Content-Security-Policy") or "")
+        assert answer.headers["Content-Type"].startswith(kind)
+        assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
 
 
 def test_data_is_what_the_feed_says(server: PageServer) -> None:
     assert server.asked_s == 0.0
-    found = json.load(ask(server, "/data"))
+    found = json.loads(ask(server, "/data").body)
     assert [row["node"] for row in found["latest"]["nodes"]] == ["a" * 56, "b" * 56]
     assert found["latest"]["nodes"][0]["models"] == ["llama"]
     assert server.asked_s > 0, "somebody looks"
