@@ -1,8 +1,8 @@
 """What an engine's questions to the NodeStore of its node cost, over the local socket.
 
     lookup_us                of 1, 64 and 512 keys that are READY: p50, p99
-    bare_lookup_us           as many bytes to an echo server and back, in turn with these: what two
-                             processes of this machine pay for calling each other
+    bare_lookup_us           as many bytes to an echo server and back, one call right after the
+                             other, so that neither side falls asleep: what the calls alone cost
     held                     the p99 of 64 keys while one slot is being written, pinned or in
                              quarantine and other blocks are stored, loaded and evicted, relative
                              to no such slot
@@ -33,7 +33,15 @@ from benchmarks.measure import percentile, spread
 from kvray.config import EngineConfig, find_sockets
 from kvray.core.codec import encode
 from kvray.core.ids import BlockKey, OpId
-from kvray.core.messages import MAX_MESSAGE_BYTES, SLOT_DTYPE, Ack, Lookup, LookupReply, Unpin
+from kvray.core.messages import (
+    MAX_MESSAGE_BYTES,
+    SLOT_DTYPE,
+    Ack,
+    KeyState,
+    Lookup,
+    LookupReply,
+    Unpin,
+)
 from kvray.node.worker_client import WorkerClient
 from tests.block_client import Client
 from tests.ray_nodes import wait_until
@@ -94,7 +102,8 @@ def bare_times_us(caller: Caller, key_count: int, count: int) -> list[float]:
     """Of `count` calls, each followed by another one as short as an unpin is."""
     op = OpId(FIRST_OP)
     lookup = Lookup(op, bytes(16 * key_count), [key_count], [True], [BLOCK_BYTES], 1_000)
-    reply = LookupReply(op, bytes(key_count), bytes(SLOT_DTYPE.itemsize * key_count))
+    hits = bytes([KeyState.HIT]) * key_count
+    reply = LookupReply(op, hits, bytes(SLOT_DTYPE.itemsize * key_count))
     asked = padded(encode(lookup), len(encode(reply)))
     unpinned = padded(encode(Unpin(op, op)), len(encode(Ack(op))))
     taken = []
