@@ -5,6 +5,7 @@ named exactly, each with the NIXL that goes with it. Private names of vLLM that 
 gathered here too: what breaks with a new release breaks in this file.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,10 +126,12 @@ def computes(engine_core: Any) -> bool:
 
 
 def hash_seed() -> str:
-    """The seed of vLLM's block hashes in this process; PYTHONHASHSEED changes it."""
+    """The seed of vLLM's block hashes in this process. PYTHONHASHSEED is what vLLM will take, if it
+    is set: a connector is made before vLLM has taken it.
+    """
     from vllm.v1.core.kv_cache_utils import get_none_hash_seed
 
-    return str(get_none_hash_seed())
+    return os.environ.get("PYTHONHASHSEED") or str(get_none_hash_seed())
 
 
 def lora_identity(request: Any) -> tuple[str, str] | None:

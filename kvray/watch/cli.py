@@ -6,6 +6,8 @@ line was not understood. With --json stdout has one JSON document and nothing el
 
 import json
 import logging
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ from kvray.watch.whereabouts import locate_prompt, one_engine, token_ids_of, whe
 
 DEFAULT_CLUSTER = "default"
 WRONG = 1  # exit code
+BEGUN = "KVRAY_HAS_BEGUN_RAY"  # from `start` to itself in a new process: see local_ray.begin
 GRADE_STYLES = {Grade.GOOD: "green", Grade.WARNING: "yellow", Grade.BAD: "red"}
 TOP_PERIOD_S = 1.0
 TRACE_LINES = 40
@@ -113,13 +116,16 @@ def start(
         if slab_bytes:
             given["slab_bytes"] = slab_bytes
         given["cluster_name"] = cluster_name
-        begun = False
+        begun = os.environ.pop(BEGUN, "") == cluster_name
         try:
             join_ray()
         except NodeLostError:
+            if begun or "RAY_ADDRESS" in os.environ:
+                raise
             with err.status("no Ray cluster is here: starting one"):
                 local_ray.begin(cluster_name)
-            begun = True
+            os.environ[BEGUN] = cluster_name
+            os.execv(sys.executable, [sys.executable, "-m", "kvray.watch", *sys.argv[1:]])  # noqa: S606
         try:
             with err.status("starting kvray") as line:
                 cluster = kvray_cluster.start(progress=line.update, **given)

@@ -1,7 +1,7 @@
 """A Ray cluster that `kvray start` begins where there is none, and `kvray stop` ends.
 
     none ──begin──▶ `ray start --head --block` in a session of its own ──end──▶ none
-                     note in the runtime folder: pid, start time, address
+                     note in the runtime folder: pid, start time
 
 Only what the note names is ended, and only if that process is still the one that was started: a pid
 that was given to another process since is left alone, and so is every other Ray on this machine.
@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
-import ray
 
 from kvray.config import default_runtime_dir
 from kvray.errors import NodeLostError
@@ -25,9 +24,11 @@ from kvray.node import process
 from kvray.node.slab_file import runtime_directory
 
 BEGIN_LIMIT_S = 60.0  # Ray starts in 3 to 5 s, on a busy host in 20
-END_LIMIT_S = 15.0  # `ray start --block` ends its children within 5 s of SIGTERM
+END_LIMIT_S = 45.0  # `ray start --block` ends its children within 5 s of SIGTERM
+UP = "Ray runtime started"  # what `ray start` says then
+CURRENT = "ray/ray_current_cluster"  # where Ray notes what `ray start` has begun on this host
 LOOK_PERIOD_S = 0.1
-LOOPBACK = ("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1")
+OPTIONS = ("--port=0", "--dashboard-host=127.0.0.1", "--include-dashboard=false")
 LOG_TAIL_CHARS = 2_000  # of a start that failed
 
 
@@ -36,7 +37,6 @@ class Note(msgspec.Struct, frozen=True):
 
     pid: int
     start_ticks: int
-    address: str
 
 
 def note_path(cluster_name: str) -> Path:
@@ -44,9 +44,11 @@ def note_path(cluster_name: str) -> Path:
     return Path(default_runtime_dir()) / f"{cluster_name}.ray.json"
 
 
-def begin(cluster_name: str) -> str:
-    """Start a head node that outlives this process, and join it; its address. Raises NodeLostError
-    with the end of its log.
+def begin(cluster_name: str) -> None:
+    """Start a head node that outlives this process. Raises NodeLostError with the end of its log.
+
+    Whoever has looked for a Ray cluster before must look again in a new process: Ray reads once
+    whether there is a token to show.
     """
     folder = runtime_directory(None)
     log_path = folder / f"{cluster_name}.ray.log"
@@ -61,7 +63,8 @@ def begin(cluster_name: str) -> str:
         )
     with log_path.open("wb") as log:
         head = subprocess.Popen(  # noqa: S603 (Ray's own command)
-            [*ray_command, "start", "--head", "--block", "--port=0", *LOOPBACK],
+            [*ray_command, "start", "--head", "--block", *OPTIONS],
+            env=os.environ | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"},  # its only node
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -71,12 +74,9 @@ def begin(cluster_name: str) -> str:
     for _ in _rounds(BEGIN_LIMIT_S):
         if head.poll() is not None or start_ticks is None:
             break
-        with contextlib.suppress(ConnectionError, RuntimeError):
-            ray.init(address="auto", log_to_driver=False)
-            address = str(ray.get_runtime_context().gcs_address)
-            note = Note(head.pid, start_ticks, address)
-            _write(note_path(cluster_name), msgspec.json.encode(note))
-            return address
+        if UP in log_path.read_text(errors="replace"):
+            _write(note_path(cluster_name), msgspec.json.encode(Note(head.pid, start_ticks)))
+            return
     _end_session(head.pid)
     tail = log_path.read_text(errors="replace")[-LOG_TAIL_CHARS:]
     raise NodeLostError(
@@ -94,6 +94,7 @@ def end(cluster_name: str) -> bool:
         return False
     _end_session(note.pid)
     path.unlink(missing_ok=True)
+    (Path(os.environ.get("RAY_TMPDIR", "/tmp")) / CURRENT).unlink(missing_ok=True)
     return True
 
 

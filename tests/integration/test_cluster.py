@@ -41,6 +41,7 @@ SLAB: dict[str, Any] = {"slab_bytes": 16 << 20, "extent_bytes": 1 << 20}
 START_LIMIT_S = 60.0  # two actors that load NIXL, on two busy cores
 JOIN_LIMIT_MS = 1_000  # from a NodeStore's start until its engines are served
 IDLE_SHARE = 0.015  # of a core, for each process of kvray
+IDLE_LOOKS = 6  # of ten seconds
 
 
 @pytest.fixture(scope="module")
@@ -484,12 +485,14 @@ def test_python_without_asserts_is_refused() -> None:
 
 
 def test_a_quiet_cluster_costs_almost_nothing(running: kvray.Cluster) -> None:
-    """The quietest of three looks: what else runs here makes each wake-up dearer."""
+    """The quietest of a few looks: what else runs here makes each wake-up dearer."""
     directory: Any = ray.get_actor("kvray:default:directory", namespace=RAY_NAMESPACE)
     pids = {node.node_id[:8]: node.pid for node in running.nodes()}
     pids["directory"] = ray.get(directory.pid.remote())
     quietest: dict[str, float] = dict.fromkeys(pids, 1.0)
-    for _ in range(3):
+    for _ in range(IDLE_LOOKS):
+        if max(quietest.values()) <= IDLE_SHARE:
+            break
         before = {name: cpu_s(pid) for name, pid in pids.items()}
         begun = time.monotonic()
         time.sleep(10.0)  # the thing that is measured

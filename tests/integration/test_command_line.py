@@ -101,7 +101,7 @@ def test_from_nothing_to_nothing(terminal: Terminal) -> None:
     page = get_json(status["page_url"] + "data")
     assert [row["node"] for row in page["latest"]["nodes"]] == [node["node"]]
     assert terminal.ask("clear")["blocks_after"] == 0
-    events = terminal.ask("trace", node["node"][:8])
+    events = terminal.ask("trace", node["node"][:8], "--last", "512")
     assert any("joined the directory" in event["event"] for event in events)
     assert all(event["ago_ms"] >= 0 for event in events)
     wrong = terminal.type("where", "--tokens", "1,2", "--cluster", CLUSTER, code=1)

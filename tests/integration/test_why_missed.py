@@ -33,6 +33,7 @@ pytestmark = [pytest.mark.heavy, pytest.mark.engine]
 
 TOKENS = 700
 TAIL = TOKENS - full_chunks(TOKENS)
+CHUNK_BYTES = 1 << 20  # of the tiny model
 
 
 @pytest.fixture(scope="module")
@@ -151,13 +152,13 @@ def test_evicted_here_and_at_the_peer(nodes: Nodes, engines: tuple[Engine, Engin
 def test_slab_full(nodes: Nodes, engines: tuple[Engine, Engine]) -> None:
     a, b = engines
     prompt = computed(a, nodes, 0, seed=5)
-    hog = Client(nodes.cluster, nodes.node_ids[1], "a hog", block_bytes=4 << 20)
+    hog = Client(nodes.cluster, nodes.node_ids[1], "a hog", block_bytes=CHUNK_BYTES)
     held: list[Reservation] = []
     try:
         while True:  # until every slot is being written
             keys = hog.keys(*(f"{len(held)} {i}" for i in range(8)))
             hog.client.begin_step()
-            reserved = hog.client.reserve(keys, run_lengths=[8], run_slot_bytes=[4 << 20])
+            reserved = hog.client.reserve(keys, run_lengths=[8], run_slot_bytes=[CHUNK_BYTES])
             assert reserved is not None
             if not reserved.places:
                 break
