@@ -1,7 +1,7 @@
 """A Ray cluster that `kvray start` begins where there is none, and `kvray stop` ends.
 
     none ──begin──▶ `ray start --head --block` in a session of its own ──end──▶ none
-                     note in the runtime folder: pid, start time
+                     note in the runtime folder: pid, start time, address
 
 Only what the note names is ended, and only if that process is still the one that was started: a pid
 that was given to another process since is left alone, and so is every other Ray on this machine.
@@ -33,10 +33,11 @@ LOG_TAIL_CHARS = 2_000  # of a start that failed
 
 
 class Note(msgspec.Struct, frozen=True):
-    """Which process is the cluster."""
+    """Which process is the cluster, and where Ray says that it is."""
 
     pid: int
     start_ticks: int
+    address: str
 
 
 def note_path(cluster_name: str) -> Path:
@@ -75,7 +76,8 @@ def begin(cluster_name: str) -> None:
         if head.poll() is not None or start_ticks is None:
             break
         if UP in log_path.read_text(errors="replace"):
-            _write(note_path(cluster_name), msgspec.json.encode(Note(head.pid, start_ticks)))
+            note = Note(head.pid, start_ticks, _current_address())
+            _write(note_path(cluster_name), msgspec.json.encode(note))
             return
     _end_session(head.pid)
     tail = log_path.read_text(errors="replace")[-LOG_TAIL_CHARS:]
@@ -94,7 +96,8 @@ def end(cluster_name: str) -> bool:
         return False
     _end_session(note.pid)
     path.unlink(missing_ok=True)
-    (Path(os.environ.get("RAY_TMPDIR", "/tmp")) / CURRENT).unlink(missing_ok=True)
+    if note.address and _current_address() == note.address:  # and not of one begun since
+        _current_path().unlink(missing_ok=True)
     return True
 
 
@@ -105,6 +108,18 @@ def read_note(cluster_name: str) -> Note | None:
     except (OSError, msgspec.DecodeError):
         return None
     return note if process.start_ticks(note.pid) == note.start_ticks else None
+
+
+def _current_path() -> Path:
+    return Path(os.environ.get("RAY_TMPDIR", "/tmp")) / CURRENT
+
+
+def _current_address() -> str:
+    """Where Ray's own commands would look for a cluster; empty if they know of none."""
+    try:
+        return _current_path().read_text().strip()
+    except OSError:
+        return ""
 
 
 def _end_session(pid: int) -> None:

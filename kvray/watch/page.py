@@ -35,6 +35,7 @@ IDLE_PERIOD_S = 5.0  # history goes on while nobody looks
 WATCHED_FOR_S = 10.0  # after the last question of a page, which asks every second
 PER_NODE_S = 0.02  # a status costs each node a millisecond, and the page as much: 5 % of a core
 OPEN_DEADLINE_S = 30.0
+CLOSE_S = 1.0  # for answers under way
 STATIC = Path(__file__).with_name("static")
 FILES = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
@@ -64,7 +65,7 @@ class PageServer:
         for path in FILES:
             app.router.add_get(path, _file)
         app.router.add_get("/data", self._data)
-        self._runner = web.AppRunner(app, access_log=None)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=CLOSE_S)
         opened: Future[str] = Future()
         self._thread = threading.Thread(
             target=self._run, args=(port, opened), name="kvray-page", daemon=True
