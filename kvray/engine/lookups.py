@@ -183,9 +183,11 @@ class Lookups(OffloadingManager):
         has found, and a question that finds no answer will be asked again.
         """
         view = self._requests.get(req_id)
+        known: MissReason | None = None  # what an early answer said, should nobody answer now
         if view is not None and view.early and not early:
             view.early = False
             if view.is_outdated(runs):
+                known = None if view.ticket is None else cause_of(view.ticket)
                 self._release(req_id, view)
         if (
             view is None
@@ -212,10 +214,7 @@ class Lookups(OffloadingManager):
         if ticket is None:
             if not early:
                 view.access = Access.MISSING
-                is_there = self._client.session is not None
-                view.prompt.why = (
-                    MissReason.NODE_STORE_SLOW if is_there else MissReason.NO_NODE_STORE
-                )
+                view.prompt.why = self._unasked(known)
             return
         view.ticket = ticket
         view.early = early
@@ -358,6 +357,13 @@ class Lookups(OffloadingManager):
                 external_tokens=external_tokens,
                 reason=self._reason(view),
             )
+
+    def _unasked(self, known: MissReason | None) -> MissReason:
+        """Why a request that could not be asked about is computed. known: of an earlier answer."""
+        if known is not None and known is not MissReason.TAIL:
+            return known
+        is_there = self._client.session is not None
+        return MissReason.NODE_STORE_SLOW if is_there else MissReason.NO_NODE_STORE
 
     def _reason(self, view: RequestView) -> MissReason:
         if view.access is Access.BARRED or self.slot_bytes is None or self.draining:

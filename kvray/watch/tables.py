@@ -1,6 +1,7 @@
 """What is printed for people, and the same as data: plain dicts for --json, rich tables."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group
@@ -88,21 +89,18 @@ def status_view(status: ClusterStatus) -> Group:
 
 
 def _node_table(status: ClusterStatus) -> Table:
-    table = Table(
-        "node", "host", "state", "epoch", "slab", "used", "blocks", "engines", "models", "peers"
-    )
+    table = Table("node", "host", "state", "slab", "used", "blocks", "engines", "models", "peers")
     table.title = f"kvray cluster {status.cluster_name}"
     for node in status.nodes:
         table.add_row(
             node.node_id[:NODE_CHARS],
             node.host,
             Text(node.state.value, style=STATE_STYLES[node.state]),
-            str(node.epoch or ""),
             f"{node.slab_bytes / GIB:.2f} GiB",
             f"{node.used_bytes / node.slab_bytes:.0%}" if node.slab_bytes else "",
             f"{node.block_count:,}",
             str(len(engines_of(node))),
-            ", ".join(models_of(node)),
+            ", ".join(Path(model).name for model in models_of(node)),
             str(node.peer_count),
         )
         if node.problem:

@@ -16,6 +16,7 @@ from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key
 from kvray.config import EngineConfig
 from kvray.core.ids import SlabId
 from kvray.core.messages import KeyState
+from kvray.core.reasons import MissReason
 from kvray.engine import lookups as module
 from kvray.engine.jobs import SlotSpec
 from kvray.engine.lookups import Lookups, Run
@@ -41,8 +42,11 @@ class TicketClient:
     session: str = "open"
     due: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
     looks: int = 0
+    is_overdue: bool = False
 
-    def lookup(self, keys: Any, **_settings: Any) -> Ticket:
+    def lookup(self, keys: Any, **_settings: Any) -> Ticket | None:
+        if self.is_overdue:
+            return None
         self.tickets.append(Ticket(keys, SlabId(bytes(16))))
         return self.tickets[-1]
 
@@ -241,3 +245,32 @@ def test_what_was_rested_counts_as_waited(engine: Engine) -> None:
     engine.lookups.rest(["a"], lambda: False)
     assert engine.ask("a", after_ms=70) is LookupResult.MISS
     assert engine.longest_ms == 70
+
+
+# -- why its prompt is computed -----------------------------------------------------------------
+
+
+def test_what_an_early_answer_said_is_the_reason_if_nobody_answers_again(engine: Engine) -> None:
+    lookups, client = engine.lookups, engine.client
+    runs = [Run(0, KEYS, is_prefix=True)]
+    lookups.on_new_request(ReqContext(req_id="a"))
+    lookups.begin("a", runs, early=True)
+    (ticket,) = client.tickets
+    ticket.answered = True
+    ticket.states[:] = bytes([KeyState.MISS] * 2)
+    ticket.causes = {0: MissReason.NEVER_SEEN}
+    client.is_overdue = True
+
+    lookups.begin("a", runs)
+
+    lookups.admitted("a", prompt_tokens=300, external_tokens=0)
+    assert lookups.counters["miss_tokens_never_seen"] == 256
+    assert lookups.counters["miss_tokens_tail"] == 44
+
+
+def test_a_request_that_was_never_answered_says_so(engine: Engine) -> None:
+    engine.client.is_overdue = True
+    engine.lookups.on_new_request(ReqContext(req_id="a"))
+    engine.lookups.begin("a", [Run(0, KEYS, is_prefix=True)])
+    engine.lookups.admitted("a", prompt_tokens=256, external_tokens=0)
+    assert engine.lookups.counters["miss_tokens_node_store_slow"] == 256
