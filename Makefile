@@ -13,7 +13,7 @@ LOCK_RAY_LLM := requirements/lock-vllm-0.29.txt
 SYSTEM_PACKAGES := $(shell grep -v '^\#' requirements/system-packages.txt)
 
 # Upper bounds of one run, in seconds: .ci/run has 75 minutes for all of them.
-TEST_LIMIT_S := 1200
+TEST_LIMIT_S := 1500
 SLOW_LIMIT_S := 1800
 RAY_LLM_LIMIT_S := 1200
 
