@@ -173,7 +173,7 @@ BUGS: tuple[Mutant, ...] = (
                 "block.place if block is not None else",
             ),
         ),
-        simulated(20, first=125),
+        simulated(20, first=20),
     ),
     Mutant(
         "an eviction is not written down",
