@@ -231,10 +231,9 @@ class Catalogue:
             assert start < stop, "there are rows to be swept, but no rows"
             content = self._rows.data[start:stop]
             standing = self._standing[content["listing"]]
-            dead = standing == Standing.DROPPED
-            dead |= (standing >= Standing.LAST) & (content["bytes"] == 0)
-            listings = content["listing"][dead]
             lost = standing == Standing.DROPPED
+            dead = lost | ((standing >= Standing.LAST) & (content["bytes"] == 0))
+            listings = content["listing"][dead]
             self._ghosts.note(content["low"][lost], content["high"][lost], Why.PEER_GONE)
             rows = (np.flatnonzero(dead) + start).astype(np.uint32)
             for number in np.unique(listings).tolist():

@@ -45,11 +45,11 @@ class Look:
     __slots__ = (
         "_awaited",
         "_blocks",
+        "_causes",
         "_fetch",
         "_keys",
         "_no_fetch",
         "_store",
-        "causes",
         "misses",
         "states",
         "wants",
@@ -72,13 +72,12 @@ class Look:
         self.writes: list[int] = []  # being written by an engine
         self.wants: list[int] = []  # being fetched, or to be
         self.misses: dict[MissReason, int] = {}
-        self.causes: dict[int, MissReason] = {}  # of the first miss of each run
+        self._causes: dict[int, tuple[int, MissReason]] = {}  # by run: its first miss, and why
         self._awaited: set[BlockKey] = set()
 
     def run(self, run: Run) -> None:
         states, slot_bytes = self.states, run.slot_bytes
         index = run.start
-        has_cause = False
         for block in self._blocks[run.start : run.stop]:
             if block is None or block.ready_bytes != slot_bytes:
                 reason = self._absent(index, is_here=block is not None and block.ready_bytes > 0)
@@ -86,9 +85,7 @@ class Look:
                     states[index] = _WAIT
                     index += 1
                     continue
-                if not has_cause:
-                    self.causes[index] = reason
-                    has_cause = True
+                self._causes.setdefault(run.start, (index, reason))
                 if run.is_prefix:
                     self._count(reason, 1)
                     self._count(MissReason.BEHIND, run.stop - index - 1)
@@ -97,6 +94,10 @@ class Look:
                 self._count(reason, 1)
                 states[index] = _MISS
             index += 1
+
+    def causes(self) -> dict[int, MissReason]:
+        """Of the first miss of each run, by its index, when all runs have been looked at."""
+        return dict(self._causes.values())
 
     def hits(self) -> list[int]:
         """The indices, when all runs have been looked at."""
@@ -119,11 +120,9 @@ class Look:
         """What the run wants is not fetched: misses, and in a prefix run all that waits behind."""
         refused = set(self.wants_of(run))
         self._count(reason, len(refused))
-        for index in [index for index in self.causes if run.start <= index < run.stop]:
-            if index > min(refused):
-                del self.causes[index]
-        if not any(run.start <= index < run.stop for index in self.causes):
-            self.causes[min(refused)] = reason
+        self._causes[run.start] = min(
+            (min(refused), reason), self._causes.get(run.start, (run.stop, reason))
+        )
         behind: set[int] = set()
         if run.is_prefix:
             behind = {index for index in self.writes if min(refused) < index < run.stop}
@@ -136,7 +135,7 @@ class Look:
     def spoil(self) -> None:
         """Nothing of it counts."""
         self._count(MissReason.OVERLOADED, len(self.states) - self.states.count(_MISS))
-        self.causes = {0: MissReason.OVERLOADED} if self.states else {}
+        self._causes = {0: (0, MissReason.OVERLOADED)} if self.states else {}
         self.states = bytearray(len(self.states))
         self.writes.clear()
         self.wants.clear()

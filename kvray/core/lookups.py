@@ -121,7 +121,7 @@ class Lookups:
             self.misses[reason] += count
         if not look.writes and not look.wants:
             self.durations.add(0)
-            return LookupReply(message.op, bytes(look.states), b"".join(slots), look.causes), []
+            return LookupReply(message.op, bytes(look.states), b"".join(slots), look.causes()), []
         deadline_ms = now_ms + min(message.deadline_ms, MAX_WAIT_MS)
         lookup = _Lookup(
             client_id,
@@ -133,7 +133,7 @@ class Lookups:
             dict(zip(look.hits(), slots, strict=True)),
             deadline_ms,
             now_ms,
-            causes=look.causes,
+            causes=look.causes(),
             is_stranger=is_stranger,
         )
         self.counters["waits"] += len(lookup.waiting)

@@ -36,8 +36,9 @@ from kvray.engine.jobs import (
     SlotSpec,
 )
 from kvray.engine.ledger import Finished, JobKind, JobLedger, Outcome
-from kvray.engine.lookups import Lookups, RequestView, Run
+from kvray.engine.lookups import Lookups
 from kvray.engine.namespace import AdapterDigests, as_text, digest, gather_fields
+from kvray.engine.requests import RequestView, Run
 from kvray.engine.spec import FIRST_SESSION_S, engine_nonce
 from kvray.engine.transfers import Transfers
 from kvray.node.client import NodeClient

@@ -19,8 +19,6 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 from vllm.v1.kv_offload.base import (
@@ -45,8 +43,9 @@ from kvray.engine.guard import guarded, nothing
 from kvray.engine.jobs import SlotSpec
 from kvray.engine.namespace import digest, renewed
 from kvray.engine.prefill_rate import PrefillRate
-from kvray.engine.sources import Prompt, TokenCounts, cause_of, failure_of
-from kvray.node.client import NodeClient, Ticket
+from kvray.engine.requests import Access, RequestView, Run
+from kvray.engine.sources import TokenCounts, cause_of, failure_of
+from kvray.node.client import NodeClient
 
 logger = logging.getLogger("kvray.engine")
 
@@ -57,57 +56,6 @@ MAX_EARLY_LOOKUPS = 4  # the next few: what they have found can not be evicted w
 MAX_POSTPONED_STEPS = 4
 MAX_RESTING = 32  # requests to look through every millisecond; with more, vLLM's own loop goes on
 REST_LIMIT_S = 0.1  # then vLLM has a step all the same: it may wait for what we know nothing of
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Keys of one cache group of one request, from the device's own hit on.
-
-    is_prefix: full attention, where only the keys before the first miss are worth anything; in a
-    sliding-window group each key counts by itself.
-    """
-
-    group: int
-    keys: Sequence[OffloadKey]
-    is_prefix: bool
-
-
-class Access(Enum):
-    """What a request may still do with kvray.
-
-    OPEN ──deadline, failed load──▶ MISSING ──preempted──▶ OPEN
-      └────── weights change, no safe key ──▶ BARRED (for the rest of its life)
-    """
-
-    OPEN = "open"  # looks up and stores
-    MISSING = "missing"  # every look-up is a miss; stores
-    BARRED = "barred"  # neither looks up nor stores
-
-
-@dataclass(slots=True)
-class RequestView:
-    """What kvray knows of one request. salt: 16 bytes of a LoRA adapter's content, or nothing."""
-
-    access: Access = Access.OPEN
-    salt: bytes = b""
-    ticket: Ticket | None = None
-    index: dict[OffloadKey, int] = field(default_factory=dict)
-    deadline_s: float = 0.0
-    held_s: float = 0.0  # since when its answer is RETRY; 0 while it is not
-    loading: bool = False
-    finished: bool = False
-    postponed_steps: int = 0  # since its last store
-    postponed_chunks: int = 0  # offered, not stored, to be offered again
-    early: bool = False  # its ticket is from before the scheduler asked
-    prompt: Prompt = field(default_factory=Prompt)
-
-    def is_outdated(self, runs: Sequence[Run]) -> bool:
-        """Whether an early answer may not be the best that there is by now: somebody may have
-        stored what was missing, or the device evicted what it had.
-        """
-        if self.ticket is None or KeyState.MISS in self.ticket.states:
-            return True
-        return any(key not in self.index for run in runs for key in run.keys[:1])
 
 
 class Lookups(OffloadingManager):

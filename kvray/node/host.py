@@ -1,5 +1,6 @@
 """What a NodeStore says of the machine that it runs on, for `kvray doctor`."""
 
+import functools
 import platform
 import resource
 from importlib import metadata
@@ -40,6 +41,7 @@ def host_facts() -> dict[str, Any]:
     }
 
 
+@functools.cache  # metadata is looked for on the disk
 def _version(*names: str) -> str:
     for name in names:
         try:

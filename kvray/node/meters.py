@@ -7,7 +7,6 @@ source or a reason. Nothing is measured for this: it is what the core counts any
 nothing where something is decided.
 """
 
-import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,15 +15,13 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from kvray.config import NODE_NAME_CHARS
 from kvray.core.durations import BOUNDS_MS
 from kvray.core.reasons import tokens_by_reason, tokens_by_source
 from kvray.errors import NodeLostError
 
-logger = logging.getLogger("kvray.node")
-
-PERIOD_S = 5.0  # Ray's own reporter sends every 10 s; a look at the counters is under a millisecond
-MAX_OBSERVED = 2_000  # of one bucket and period: Ray takes them one by one, 2 us each
-NODE_CHARS = 16  # of a node id, as in the names of its files
+PERIOD_S = 5.0  # Ray's own reporter sends every 10 s
+MAX_OBSERVED = 2_000  # of one bucket and period, since Ray takes them one by one; more are left out
 
 
 class Kind(Enum):
@@ -65,7 +62,7 @@ class Meters:
     """One per NodeStore. publish() belongs to one thread."""
 
     def __init__(self, node_id: str) -> None:
-        self._node = node_id[:NODE_CHARS]
+        self._node = node_id[:NODE_NAME_CHARS]
         self._meters: dict[str, Any] = {metric.name: _make(metric) for metric in METRICS}
         self._said: dict[tuple[str, str], int] = {}
 
@@ -91,8 +88,7 @@ class Meters:
         self._observe("kvray_read_ms", fetch["read_durations"])
 
     def _gauge(self, name: str, value: int) -> None:
-        if self._grown(name, "", value):
-            self._meters[name].set(value, tags={"node": self._node})
+        self._meters[name].set(value, tags={"node": self._node})
 
     def _count(self, name: str, value: int, **tag: str) -> None:
         grown = self._grown(name, "".join(tag.values()), value)
@@ -114,7 +110,9 @@ class Meters:
 
 
 class MeterThread(threading.Thread):
-    """Publishes until the process ends. ask: NodeLoop.status, which may raise NodeLostError."""
+    """Publishes until end() is called. ask: NodeLoop.status, which may raise NodeLostError. A bug
+    ends the metrics, with a traceback in the log, and nothing else.
+    """
 
     def __init__(self, node_id: str, ask: Callable[[], Mapping[str, Any]]) -> None:
         super().__init__(name="kvray-meters", daemon=True)

@@ -71,7 +71,7 @@ logger = logging.getLogger("kvray.node")
 # A peer that was woken polls quickly for 100 ms (node.pace). Less than that, so that it stays
 # awake while a request's reads go on, one batch after another.
 WAKE_PERIOD_MS = 80
-RECENT_EVENTS = 512  # for `kvray trace`: the last second or two under load, 60 KB
+RECENT_EVENTS = 512  # for `kvray trace`: names and times, for a screen or ten
 LINK_DEADLINE_MS = 30_000  # making the first agent takes 0.4 to 1.4 s, and seconds on a busy host
 
 _EFFECTS = (WriteHeader, WriteExtent, MarkGeneration)
@@ -228,8 +228,9 @@ class Serving:
     def _on_server_events(self, events: Sequence[ServerEvent]) -> None:
         for event in events:
             if isinstance(event, MessageReceived):
-                self._recent.append((clock_ms(), type(event.message).__name__))
-                self._do(self._core.on_message(event.session_id, event.message, clock_ms()))
+                now_ms = clock_ms()
+                self._recent.append((now_ms, type(event.message).__name__))
+                self._do(self._core.on_message(event.session_id, event.message, now_ms))
             elif isinstance(event, SessionClosed):
                 self._do(self._core.on_session_closed(event.session_id, clock_ms()))
 

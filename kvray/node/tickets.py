@@ -6,7 +6,8 @@ A chain of keys longer than a message is asked page by page; it is one ticket ov
     asked     Lookup, ops[0]         Lookup, ops[1]          not asked: its prefix broke in ops[1]
 
 The client's threads write a ticket and the engine's thread reads it without a lock: a place is
-there before its state says HIT or COMING, and a state never comes back to WAIT. No socket and no
+there before its state says HIT or COMING, a cause before its state says MISS, and a state never
+comes back to WAIT. No socket and no
 clock here.
 """
 
@@ -235,8 +236,8 @@ class LookupPage(msgspec.Struct, eq=False):
         if self.answered or len(states) != count:
             raise RemoteProtocolError(f"{len(states)} states answer a lookup of {count} keys")
         _require_payload(slots, self.cut.sizes_where(states, *_PLACED), self.geometry)
-        self.ticket.put(self.cut.start, states, slots)
         self._note(causes)
+        self.ticket.put(self.cut.start, states, slots)
         self.waiting = _count_waiting(states)
         self.answered = self.ticket.answered = True
 
@@ -256,11 +257,11 @@ class LookupPage(msgspec.Struct, eq=False):
                 raise RemoteProtocolError(f"an update settles key {i}, which is not waited for")
         placed = np.array([i for i, s in zip(indices, states, strict=True) if s != _MISS], np.intp)
         places = iter(_unpack(slots, self.cut.sizes_of(placed), self.geometry))
+        self._note(causes)
         for i, state in zip(indices, states, strict=True):
             place = None if state == _MISS else next(places)
             self.ticket.change(start + i, state, place)
         self.waiting -= len(indices) - _count_waiting(states)
-        self._note(causes)
 
     def _note(self, causes: Mapping[int, MissReason] | None) -> None:
         """causes: by index into the keys of this page."""

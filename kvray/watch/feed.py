@@ -49,10 +49,9 @@ def page_data(status: ClusterStatus) -> dict[str, Any]:
                 "models": models_of(node),
                 "problem": node.problem,
                 "classes": [
-                    {name: row[name] for name in ("slot_bytes", "extents", "slots", "occupied")}
+                    {name: row[name] for name in ("slot_bytes", "slots", "occupied")}
                     for row in node.details.get("store", {}).get("classes", [])
                 ],
-                "extents": _extent_count(node.details.get("slab", {})),
                 "from_peers": {
                     peer: row["fetched_bytes"]
                     for peer, row in node.details.get("fetch", {}).get("peers", {}).items()
@@ -66,11 +65,6 @@ def page_data(status: ClusterStatus) -> dict[str, Any]:
         "miss_tokens": status.miss_tokens,
         "split_models": list(status.split_models),
     }
-
-
-def _extent_count(slab: Mapping[str, Any]) -> int:
-    extent_bytes: int = slab.get("extent_bytes", 0)
-    return slab["slab_bytes"] // extent_bytes if extent_bytes else 0
 
 
 class Feed:
@@ -92,6 +86,8 @@ class Feed:
         self._silence = ""
         nodes = {node["node"]: node for node in data["nodes"]}
         self._tell(now_s, before, nodes)
+        if before is not None and before["term"] != data["term"]:
+            self._note(now_s, "", "the directory was restarted")
         if before is not None and passed_s > 0:
             self._count(now_s, passed_s, nodes)
         self._known = {
@@ -122,7 +118,7 @@ class Feed:
 
     def _count(self, now_s: float, passed_s: float, nodes: Mapping[str, Any]) -> None:
         """What has grown since the last status, of nodes that have said something."""
-        grown = dict.fromkeys(("device", "local", "peer", "computed"), 0)
+        grown = tokens_by_source([])
         fetched_bytes = 0
         self._traffic = {}
         for name, node in nodes.items():
@@ -156,11 +152,6 @@ class Feed:
                 self._note(now_s, name, f"is back in epoch {node['epoch']}")
         for name in old.keys() - nodes.keys():
             self._note(now_s, name, "is forgotten")
-        if before is not None and before["term"] != self._last_term():
-            self._note(now_s, "", "the directory was restarted")
-
-    def _last_term(self) -> object:
-        return None if self._last is None else self._last["term"]
 
     def _note(self, now_s: float, node: str, text: str) -> None:
         self._events.append({"at_s": now_s, "node": node, "text": text})

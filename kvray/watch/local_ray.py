@@ -23,8 +23,8 @@ from kvray.errors import NodeLostError
 from kvray.node import process
 from kvray.node.slab_file import runtime_directory
 
-BEGIN_LIMIT_S = 60.0  # Ray starts in 3 to 5 s, on a busy host in 20
-END_LIMIT_S = 45.0  # `ray start --block` ends its children within 5 s of SIGTERM
+BEGIN_LIMIT_S = 60.0  # Ray starts in seconds; a busy host needs longer
+END_LIMIT_S = 45.0  # `ray start --block` ends its children, in seconds
 UP = "Ray runtime started"  # what `ray start` says then
 CURRENT = "ray/ray_current_cluster"  # where Ray notes what `ray start` has begun on this host
 LOOK_PERIOD_S = 0.1

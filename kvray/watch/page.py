@@ -21,7 +21,7 @@ import ray
 from aiohttp import web
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from kvray.actors import RAY_NAMESPACE, log_to_stderr, page_name
+from kvray.actors import RAY_NAMESPACE, ending_on_bug, log_to_stderr, page_name
 from kvray.cluster import Cluster, connect
 from kvray.cluster.placement import ACTOR_OPTIONS, actor_names
 from kvray.errors import KVRayError, NodeLostError
@@ -33,7 +33,7 @@ LOOPBACK = "127.0.0.1"
 WATCHED_PERIOD_S = 1.0
 IDLE_PERIOD_S = 5.0  # history goes on while nobody looks
 WATCHED_FOR_S = 10.0  # after the last question of a page, which asks every second
-PER_NODE_S = 0.02  # a status costs each node a millisecond, and the page as much: 5 % of a core
+PER_NODE_S = 0.02  # between two looks: a large cluster is looked at less often
 OPEN_DEADLINE_S = 30.0
 CLOSE_S = 1.0  # for answers under way
 STATIC = Path(__file__).with_name("static")
@@ -138,6 +138,10 @@ class Page:
             return self._feed.snapshot()
 
     def _watch(self) -> None:
+        with ending_on_bug("the page"):
+            self._look_for_ever()
+
+    def _look_for_ever(self) -> None:
         cluster: Cluster | None = None
         node_count = 0
         while True:

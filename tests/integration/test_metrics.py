@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import ray
 
+from kvray.config import NODE_NAME_CHARS
 from kvray.core.reasons import MissReason
-from kvray.node.meters import METRICS, NODE_CHARS, Kind
+from kvray.node.meters import METRICS, Kind
 from kvray.watch.grafana import dashboard
 from tests.block_client import Client
 from tests.engines import ROOT
@@ -41,7 +42,7 @@ def scraped(nodes: Nodes) -> dict[tuple[str, str], float]:
     found: dict[tuple[str, str], float] = {}
     for name, labels, value in SAMPLE.findall(text):
         tags = dict(re.findall(r'(\w+)="([^"]*)"', labels))
-        assert tags["node"] == nodes.node_ids[0][:NODE_CHARS]
+        assert tags["node"] == nodes.node_ids[0][:NODE_NAME_CHARS]
         key = name.removesuffix("_total"), tags.get("source") or tags.get("reason") or ""
         found[key] = found.get(key, 0.0) + float(value)
     return found

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvray.cluster import NodeState
+from kvray.cluster import NodeState, NodeStatus
 from kvray.watch.feed import EVENTS, POINT_S, POINTS, Feed, page_data
 from tests.statuses import cluster, node
 
@@ -58,10 +58,12 @@ def test_traffic_is_what_came_from_each_peer_since_the_last_status() -> None:
         (node("a"), node("a", state=NodeState.FAILED, problem="no room"), "can not start: no room"),
     ],
 )
-def test_what_happens_to_a_node_is_told_once(before: object, after: object, text: str) -> None:
+def test_what_happens_to_a_node_is_told_once(
+    before: NodeStatus, after: NodeStatus, text: str
+) -> None:
     feed = Feed()
     for number, one in enumerate((before, before, after, after)):
-        feed.add(float(number), page_data(cluster(one)))  # type: ignore[arg-type]
+        feed.add(float(number), page_data(cluster(one)))
     assert [event["text"] for event in feed.snapshot()["events"]] == ["serves", text]
 
 

@@ -19,7 +19,8 @@ from kvray.core.messages import KeyState
 from kvray.core.reasons import MissReason
 from kvray.engine import lookups as module
 from kvray.engine.jobs import SlotSpec
-from kvray.engine.lookups import Lookups, Run
+from kvray.engine.lookups import Lookups
+from kvray.engine.requests import Run
 from kvray.node.client import Ticket
 
 pytestmark = [pytest.mark.engine]

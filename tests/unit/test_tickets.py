@@ -10,6 +10,7 @@ from kvray.core.codec import pack_slots
 from kvray.core.ids import BlockKey, Generation, SlabId, SlotIndex
 from kvray.core.layout import Geometry
 from kvray.core.messages import Grant, KeyState
+from kvray.core.reasons import MissReason
 from kvray.errors import RemoteProtocolError
 from kvray.node.tickets import LookupPage, ReservePage, Ticket, cut_page, make_runs
 
@@ -77,3 +78,35 @@ def test_a_place_that_came_late_stands_beside_those_of_the_answer() -> None:
     assert page.done
     assert [ticket.place(0), ticket.place(1)] == [(0, 1, BEGIN), (7, 9, BEGIN + PAGE)]
     assert [ticket.from_peer(0), ticket.from_peer(1)] == [False, True]
+
+
+class Looking(Ticket):
+    """An engine's thread that looks whenever a state has changed, as it may."""
+
+    __slots__ = ("seen",)
+
+    def look(self) -> None:
+        self.seen = [*getattr(self, "seen", []), self.causes.get(1)]
+
+    def put(self, start: int, states: bytes, slots: bytes) -> None:
+        super().put(start, states, slots)
+        self.look()
+
+    def change(self, index: int, state: int, place: tuple[int, int, int] | None) -> None:
+        super().change(index, state, place)
+        self.look()
+
+
+def test_whoever_sees_a_miss_sees_its_cause() -> None:
+    at_once, later = page_of(PAGE), page_of(PAGE)
+    for page in (at_once, later):
+        page.ticket = Looking(page.ticket.keys, page.ticket.slab_id)
+    causes = {1: MissReason.EVICTED}
+
+    at_once.answer(bytes([HIT, MISS]), rows(BEGIN), causes)
+    later.answer(bytes([HIT, WAIT]), rows(BEGIN))
+    later.update([1], bytes([MISS]), b"", causes)
+
+    for page, seen in ((at_once, [MissReason.EVICTED]), (later, [None, MissReason.EVICTED])):
+        assert isinstance(page.ticket, Looking)
+        assert page.ticket.seen == seen

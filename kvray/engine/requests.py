@@ -1,0 +1,62 @@
+"""What kvray knows of one request of an engine: what it may still do, and what it waits for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from vllm.v1.kv_offload.base import OffloadKey
+
+from kvray.core.messages import KeyState
+from kvray.engine.sources import Prompt
+from kvray.node.client import Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Keys of one cache group of one request, from the device's own hit on.
+
+    is_prefix: full attention, where only the keys before the first miss are worth anything; in a
+    sliding-window group each key counts by itself.
+    """
+
+    group: int
+    keys: Sequence[OffloadKey]
+    is_prefix: bool
+
+
+class Access(Enum):
+    """What a request may still do with kvray.
+
+    OPEN ──deadline, failed load──▶ MISSING ──preempted──▶ OPEN
+      └────── weights change, no safe key ──▶ BARRED (for the rest of its life)
+    """
+
+    OPEN = "open"  # looks up and stores
+    MISSING = "missing"  # every look-up is a miss; stores
+    BARRED = "barred"  # neither looks up nor stores
+
+
+@dataclass(slots=True)
+class RequestView:
+    """What kvray knows of one request. salt: 16 bytes of a LoRA adapter's content, or nothing."""
+
+    access: Access = Access.OPEN
+    salt: bytes = b""
+    ticket: Ticket | None = None
+    index: dict[OffloadKey, int] = field(default_factory=dict)
+    deadline_s: float = 0.0
+    held_s: float = 0.0  # since when its answer is RETRY; 0 while it is not
+    loading: bool = False
+    finished: bool = False
+    postponed_steps: int = 0  # since its last store
+    postponed_chunks: int = 0  # offered, not stored, to be offered again
+    early: bool = False  # its ticket is from before the scheduler asked
+    prompt: Prompt = field(default_factory=Prompt)
+
+    def is_outdated(self, runs: Sequence[Run]) -> bool:
+        """Whether an early answer may not be the best that there is by now: somebody may have
+        stored what was missing, or the device evicted what it had.
+        """
+        if self.ticket is None or KeyState.MISS in self.ticket.states:
+            return True
+        return any(key not in self.index for run in runs for key in run.keys[:1])
