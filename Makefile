@@ -11,6 +11,7 @@ VENV_RAY_LLM := .venv-ray-llm
 LOCK := requirements/lock-vllm-0.32.txt
 LOCK_RAY_LLM := requirements/lock-vllm-0.29.txt
 SYSTEM_PACKAGES := $(shell grep -v '^\#' requirements/system-packages.txt)
+TEST_PACKAGES := $(shell grep -v '^\#' requirements/test-packages.txt)
 
 # Upper bounds of one run, in seconds: .ci/run has 75 minutes for all of them.
 TEST_LIMIT_S := 1500
@@ -20,8 +21,8 @@ RAY_LLM_LIMIT_S := 1200
 # Runs pytest so that no process outlives it, whatever happens in the tests.
 pytest = $(1)/bin/python -m tests.contained --limit-s $(2) -- $(1)/bin/python -m pytest
 
-.PHONY: help system install install-ray-llm demo test test-slow test-all test-ray-llm sim mutants \
-    faults bench lint format clean
+.PHONY: help system system-test install install-ray-llm demo test test-slow test-all test-ray-llm \
+    sim mutants faults bench pictures lint format clean
 
 help:
 	@echo 'make demo          two nodes, two engines, one document (installs what it needs first)'
@@ -32,16 +33,24 @@ help:
 	@echo 'make mutants       bugs planted in the cores one at a time: each must be caught'
 	@echo 'make faults        real faults under load, about twenty minutes'
 	@echo 'make bench         all benchmarks, and the page of them: half an hour on a quiet machine'
+	@echo 'make pictures      docs/pictures, as the page looks in a browser'
 	@echo 'make lint          ruff, mypy, import-linter'
 	@echo 'make format        ruff format and the fixes that ruff is sure of'
 	@echo 'make install       .venv from the pinned file; a second call does nothing'
 	@echo 'make system        the Debian packages of requirements/system-packages.txt'
+	@echo 'make system-test   and those that tests need: a browser'
 	@echo 'make clean         removes the environments and caches'
 
 # Root installs what is missing; anybody else is told. Where all is there, nothing is asked or run.
 system:
+	$(call debian_packages,$(SYSTEM_PACKAGES))
+
+system-test: system
+	$(call debian_packages,$(TEST_PACKAGES))
+
+define debian_packages
 	@missing=''; \
-	for package in $(SYSTEM_PACKAGES); do \
+	for package in $(1); do \
 	    dpkg-query -W -f='$${Status}' "$$package" 2>/dev/null | grep -q 'ok installed' \
 	        || missing="$$missing $$package"; \
 	done; \
@@ -55,6 +64,7 @@ system:
 	export DEBIAN_FRONTEND=noninteractive; \
 	install="apt-get install -y -q --no-install-recommends$$missing"; \
 	$$install || { apt-get update -q && $$install; }
+endef
 
 install: $(VENV)/.installed
 
@@ -82,10 +92,10 @@ endef
 demo: system install
 	$(VENV)/bin/python examples/two_nodes.py $(ARGS)
 
-test: system install
+test: system-test install
 	$(call pytest,$(VENV),$(TEST_LIMIT_S)) -m 'not slow and not ray_llm' $(ARGS)
 
-test-slow: system install
+test-slow: system-test install
 	$(call pytest,$(VENV),$(SLOW_LIMIT_S)) -m 'slow and not ray_llm' $(ARGS)
 
 test-all: test test-slow
@@ -104,6 +114,10 @@ faults: system install
 
 bench: system install
 	$(VENV)/bin/python benchmarks/report.py $(ARGS)
+
+pictures: system-test install
+	KVRAY_PICTURES=docs/pictures $(call pytest,$(VENV),$(TEST_LIMIT_S)) tests/integration/test_page_live.py \
+	    tests/integration/test_page_looks.py
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 class NodeState(StrEnum):
     """How a node of the cluster is.
 
-    STARTING ──▶ READY ◀──heartbeats──▶ SUSPECT ──▶ LOST
+    STARTING ──▶ READY ◀──heartbeats, answers──▶ SUSPECT ──▶ LOST (Ray starts it again, if it can)
         │          └──drain──▶ DRAINED (has no NodeStore any more)
         └──────▶ FAILED (can not start; tries again)
+
+    A NodeStore that does not answer is a SUSPECT before the directory has missed its heartbeats.
     """
 
     STARTING = "starting"
@@ -49,19 +51,23 @@ class NodeStatus:
 
     def is_settled(self, roster_version: int) -> bool:
         """It serves, knows the roster of that version, and has tried to connect to all on it."""
-        return self.state is NodeState.READY and (
-            not self.details
-            or (
-                self.details["roster_version"] == roster_version
-                and not self.details["peers_connecting"]
-            )
+        return (
+            self.state is NodeState.READY
+            and self.details["roster_version"] == roster_version
+            and not self.details["peers_connecting"]
         )
 
     def may_settle(self, roster_version: int) -> bool:
-        """It is worth waiting for."""
-        return self.state in (NodeState.STARTING, NodeState.READY) and not self.is_settled(
-            roster_version
+        """It is worth waiting for: it starts, or Ray starts it again."""
+        is_coming = self.state is NodeState.STARTING or (
+            self.state is NodeState.LOST and bool(self.host)
         )
+        return is_coming or (self.state is NodeState.READY and not self.is_settled(roster_version))
+
+    @property
+    def is_ill(self) -> bool:
+        """It does not serve, and nobody has wanted that."""
+        return self.state in (NodeState.SUSPECT, NodeState.LOST, NodeState.FAILED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +157,13 @@ def _judge(
     if phase == "failed":
         return NodeState.FAILED
     known = listed["state"] if listed is not None else "unknown"
-    if known == "suspect":
+    if known == "suspect" or (known == "alive" and answer is None):
         return NodeState.SUSPECT
-    if known != "alive":
-        return NodeState.STARTING if host is not None else NodeState.LOST
-    return NodeState.READY if phase in ("serving", None) else NodeState.STARTING
+    if known == "alive" and phase == "serving":
+        return NodeState.READY
+    was_there = known != "unknown"  # and is buried
+    is_lost = host is None or (was_there and answer is None)
+    return NodeState.LOST if is_lost else NodeState.STARTING
 
 
 def progress_line(node: NodeStatus) -> str:

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvray import cluster as kvray_cluster
-from kvray.cluster import Cluster, NodeState
+from kvray.cluster import Cluster
 from kvray.errors import ConfigError, KVRayError, NodeLostError
 from kvray.watch import local_ray
 from kvray.watch.doctor import Grade, diagnose, engines_in, verdict
@@ -228,8 +228,7 @@ def status(cluster_name: ClusterName = DEFAULT_CLUSTER, as_json: AsJson = False)
             out.print(status_view(seen))
             if url:
                 out.print(f"page: {url}")
-        ill = [node for node in seen.nodes if node.state in (NodeState.LOST, NodeState.FAILED)]
-        if ill or not seen.nodes:
+        if not seen.nodes or any(node.is_ill for node in seen.nodes):
             raise typer.Exit(WRONG)
 
 

