@@ -6,8 +6,8 @@
     each script ──its last line──▶ DIR/results/NAME.json ──▶ DIR/RESULTS.md, DIR/plots/*.png
 
 One at a time: two benchmarks would measure each other. A script that fails or ends without a
-result is named on the page. What is in notes.md beside this file is put at the end of the page:
-what was measured by other commands.
+result is named on the page. What is in DIR/notes.md is put at the end of the page: what was
+measured by other commands.
 """
 
 import argparse
@@ -66,6 +66,7 @@ ENTRIES = (
     _hit_rate(16, 2_000),
     Entry("idle", "idle.py", is_short=True),
     Entry("overhead", "overhead.py"),
+    Entry("watching", "watching.py"),
 )
 
 
@@ -120,7 +121,7 @@ def main() -> int:
         if (path := folder / f"{entry.name}.json").exists()
     }
     plots = report_plots.draw(results, options.output / "plots")
-    notes = FOLDER / "notes.md"
+    notes = options.output / "notes.md"
     page = report_page.page(results, plots, notes=notes.read_text() if notes.exists() else "")
     (options.output / "RESULTS.md").write_text(page)
     missed = report_page.missed(results)

@@ -25,6 +25,7 @@ TITLES = {
     "hit_rate": "One cache of N x C",
     "idle": "What idling costs",
     "overhead": "What kvray costs where nothing is reused",
+    "watching": "What watching costs, and how soon one sees",
 }
 
 

@@ -134,7 +134,7 @@ class Cluster:
     def status(self) -> ClusterStatus:
         """How each node is, now. Raises NodeLostError if the directory does not answer."""
         seen = self._ask("status")
-        alive = {node_id: node["NodeManagerHostname"] for node_id, node in alive_nodes().items()}
+        alive = self._alive_hosts()
         listed = seen["nodes"]
         answers = self._ask_node_stores("status", list(alive))
         return ClusterStatus(
@@ -263,6 +263,10 @@ class Cluster:
             )
 
     # ---- the parts of the above
+
+    def _alive_hosts(self) -> dict[str, str]:
+        """The hosts of Ray's nodes that are alive, by node id."""
+        return {node_id: node["NodeManagerHostname"] for node_id, node in alive_nodes().items()}
 
     def _origin(self, deadline_s: float = CALL_DEADLINE_S) -> "_Origin":
         starter, settings = self._ask("origin", deadline_s=deadline_s)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import ray
@@ -24,6 +25,7 @@ from kvray import cluster as kvray_cluster
 from kvray.cluster import Cluster
 from kvray.errors import ConfigError, KVRayError, NodeLostError
 from kvray.watch import local_ray
+from kvray.watch.bench import run_benchmarks
 from kvray.watch.doctor import Grade, diagnose, engines_in, verdict
 from kvray.watch.page import LOOPBACK, open_page, page_url
 from kvray.watch.tables import NODE_CHARS, status_data, status_view
@@ -320,6 +322,32 @@ def trace(
         else:
             for ago_ms, what in events:
                 out.print(Text(f"{-ago_ms:>8,} ms  {what}"))
+
+
+@app.command()
+def bench(
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DIR", help="Where the page and its plots go.")
+    ] = Path("kvray-bench"),
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="NAME", help="One of them; repeatable.")
+    ] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Only whether each runs.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure kvray on this machine, in clusters of its own: the short set of benchmarks/report.py.
+    Needs a checkout, vLLM, and a machine that does nothing else; takes minutes.
+    """
+    with explained():
+        page, missed = run_benchmarks(output, only or [], smoke=smoke)
+        if as_json:
+            print_json({"page": page, "missed": missed})
+        else:
+            for text in missed:
+                out.print(Text(f"missed: {text}", style="yellow"))
+            out.print(f"page: {page}")
+        if missed and not smoke:
+            raise typer.Exit(WRONG)
 
 
 # -- what is typed ------------------------------------------------------------------------------

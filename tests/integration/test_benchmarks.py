@@ -33,6 +33,7 @@ KEYS = {
     "long_doc_qa": {"modes", "ttft_gain", "total_gain"},
     "multi_turn": {"modes", "p2p_over_none", "p2p_over_silo"},
     "transfer": {"rows"},
+    "watching": {"status_ms", "lookup_us", "watched_over_unwatched"},
     "lookup": {
         "lookup_us",
         "held",

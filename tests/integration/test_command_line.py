@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 
+import kvray
 from kvray.config import SHM_FOLDER
+from kvray.watch.bench import run_benchmarks
 from tests.engines import ROOT
 from tests.ray_nodes import wait_until
 
@@ -120,6 +122,20 @@ def test_from_nothing_to_nothing(terminal: Terminal) -> None:
     assert terminal.ask("stop") == {"cluster": CLUSTER, "stopped": True, "ended_ray": True}
     assert {p.name for p in Path(SHM_FOLDER).glob("kvray-*")} == before
     assert "no Ray cluster" in said(terminal.type("doctor", "--cluster", CLUSTER, code=1))
+
+
+def test_bench_runs_a_benchmark_and_writes_a_page(terminal: Terminal, tmp_path: Path) -> None:
+    words = ("bench", "--only", "hit_rate-4x2000", "--smoke", "--output", str(tmp_path), "--json")
+    page = Path(json.loads(terminal.type(*words).stdout)["page"])
+    assert page == tmp_path / "RESULTS.md"
+    assert "hit_rate-4x2000" in page.read_text()
+    wrong = terminal.type("bench", "--only", "speed", "--output", str(tmp_path), code=1)
+    assert "not a benchmark: speed" in said(wrong)
+
+
+def test_bench_without_a_checkout_says_where_the_benchmarks_are(tmp_path: Path) -> None:
+    with pytest.raises(kvray.ConfigError, match="Clone the repository"):
+        run_benchmarks(tmp_path, [], smoke=True, report=tmp_path / "benchmarks" / "report.py")
 
 
 def test_what_is_not_understood_is_exit_code_2(terminal: Terminal) -> None:
