@@ -115,6 +115,15 @@ def summary(it: Scene) -> dict[str, int]:
 @contextmanager
 def split_world(net: Namespaces, folder: Path, controls: Controls) -> Iterator[World]:
     """As running_world, with node 1 in a namespace of its own."""
+    with split_nodes(net, folder) as nodes:
+        net.slow_down(NAMESPACE, RATE)
+        with populated(World(nodes, folder, controls)) as world:
+            yield world
+
+
+@contextmanager
+def split_nodes(net: Namespaces, folder: Path) -> Iterator[Nodes]:
+    """Two nodes with kvray and no engine, node 1 in the namespace."""
     os.environ["UCX_TLS"] = "tcp"  # else UCX finds that the pids are the same host's and uses cma
     os.environ["UCX_NET_DEVICES"] = net.own_device("data")
     ray_cluster = RayCluster(
@@ -140,10 +149,7 @@ def split_world(net: Namespaces, folder: Path, controls: Controls) -> Iterator[W
             cluster.wait_ready(ENGINE_COUNT, deadline_s=READY_LIMIT_S)
             head = ray.get_runtime_context().get_node_id()
             (far,) = (n["NodeID"] for n in ray.nodes() if n["NodeID"] != head)
-            net.slow_down(NAMESPACE, RATE)
-            nodes = Nodes(cluster, ray_cluster, [head, far])
-            with populated(World(nodes, folder, controls)) as world:
-                yield world
+            yield Nodes(cluster, ray_cluster, [head, far])
         finally:
             cluster.stop()
     finally:

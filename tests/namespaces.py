@@ -45,6 +45,10 @@ class Namespaces:
         """The same in every namespace."""
         return f"{network}0"
 
+    def bridge_devices(self, name: str, network: str) -> tuple[str, ...]:
+        """What carries bytes to and from this namespace, in this process's own network."""
+        return (_bridge(network), _outer(network, name), _outer(network, OWN))
+
     def command(self, name: str, *command: str) -> list[str]:
         return ["ip", "netns", "exec", _namespace(name), *command]
 

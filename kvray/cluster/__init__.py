@@ -31,6 +31,7 @@ from kvray.actors import (
     refuse_optimized,
 )
 from kvray.cluster.draining import Drain, Drained
+from kvray.cluster.links import LinkMeasurement, measure_links
 from kvray.cluster.placement import actor_names, gather, make_directory, sweep
 from kvray.cluster.status import (
     ClusterStatus,
@@ -48,6 +49,7 @@ __all__ = [
     "Cluster",
     "ClusterStatus",
     "Drained",
+    "LinkMeasurement",
     "Location",
     "NodeState",
     "NodeStatus",
@@ -199,6 +201,14 @@ class Cluster:
             store, f"the NodeStore of node {node_id}", "recent", deadline_s=NODE_DEADLINE_S
         )
         return events
+
+    def measure_links(self, progress: Say | None = None) -> tuple[LinkMeasurement, ...]:
+        """How long reads between each two nodes take, how fast and which way their bytes come;
+        both ways, one after another, 40 MiB each. Of a large cluster a part (see cluster.links).
+        """
+        nodes = self.nodes()
+        stores = self._node_stores([node.node_id for node in nodes])
+        return measure_links(nodes, stores, progress)
 
     def clear(self) -> None:
         """Evict every block that no request is using, on every node that answers."""

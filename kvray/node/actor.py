@@ -1,6 +1,7 @@
 """The NodeStore: the Ray actor that owns the slab of one node.
 
-    Ray ──▶ status, wake, drain, take_over, clear, stop ──▶ NodeLoop, a thread that does the work
+    Ray ──▶ status, wake, drain, take_over, measure_link, clear, stop
+                                 └──▶ NodeLoop, a thread that does the work
 
 Placed, named and restarted as kvray.cluster.placement says. Its constructor returns at once and
 never fails, so that a NodeStore that can not start can say why (see node.loop).
@@ -88,6 +89,15 @@ class NodeStore:
             raise RemoteProtocolError(f"a key has {KEY_BYTES} bytes, and a block at least one")
         wants = [(BlockKey(key), size) for key, size in zip(keys, sizes, strict=True)]
         return self._loop.take_over(wants, deadline_s=TAKE_OVER_DEADLINE_S)
+
+    def measure_link(self, peer_id: str, *, is_far: bool) -> dict[str, Any]:
+        """How good the link to this node is, and which way its bytes come (see node.measuring).
+        is_far: it is on another machine.
+        """
+        from kvray.node.host import read_counters
+        from kvray.node.measuring import with_way
+
+        return with_way(lambda: self._loop.measure(NodeId(peer_id)), read_counters, is_far=is_far)
 
     def clear(self) -> None:
         """Evict every block that nobody has pinned."""

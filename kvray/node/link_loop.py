@@ -28,8 +28,10 @@ from kvray.core.header_runs import HeaderRuns, Offsets, header_runs
 from kvray.core.ids import Epoch, NodeId, ReadId
 from kvray.core.layout import HEADER_BYTES, SLOT_HEADER_DTYPE
 from kvray.core.messages import NodeInfo
+from kvray.core.way import Outcome
 from kvray.errors import LinkError
 from kvray.link.base import MAX_SEGMENTS, Link, ReadEnd, ReadOutcome, Segments, Words
+from kvray.node.link_measures import LinkMeasures, MeasureEnded, MeasureRead
 from kvray.node.pace import PollPace
 from kvray.node.scratch import HeaderScratch, Span
 
@@ -96,7 +98,7 @@ class ReadEnded:
     headers: Headers = field(default_factory=lambda: NO_HEADERS)
 
 
-LinkEvent = LinkOpened | LinkFailed | PeerConnected | ConnectFailed | ReadEnded
+LinkEvent = LinkOpened | LinkFailed | PeerConnected | ConnectFailed | ReadEnded | MeasureEnded
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ class Wake:
     """A peer is about to connect to us or to read from us."""
 
 
-LinkCommand = OpenLink | ConnectPeer | DisconnectPeer | PostRead | AbandonRead | Wake
+LinkCommand = OpenLink | ConnectPeer | DisconnectPeer | PostRead | AbandonRead | MeasureRead | Wake
 
 
 @dataclass(slots=True, eq=False)
@@ -147,10 +149,11 @@ class _Read:
 
 
 class LinkLoop:
-    """One step at a time: do() what was asked, poll(), and sleep for at most next_wait_us().
+    """One step at a time: do() what was asked, poll(), settle(), and sleep for at most
+    next_wait_us().
 
     slab: the local target of payload reads, registered with every link that is opened. on_event is
-    called from inside do() and poll(). Time is microseconds of any monotonic clock.
+    called from inside do(), poll() and settle(). Time is microseconds of any monotonic clock.
     """
 
     def __init__(
@@ -170,16 +173,17 @@ class LinkLoop:
         self._retired: list[Link] = []  # closed when their last read has ended
         self._peers: dict[_PeerId, _Peer] = {}
         self._reads: dict[ReadId, _Read] = {}
+        self._measures = LinkMeasures(scratch)
         self._awaited = 0  # reads in flight that nobody has abandoned
         self._hints_seen = 0
-        self._next_probe = -1  # probes count down from here: the NodeStore's reads count up
+        self._next_own_id = -1  # own reads count down from here: the NodeStore's count up
         self.poll_count = 0
         self.ended_counts = dict.fromkeys(Ending, 0)
         self.read_bytes = 0  # of payload, asked for in reads that were posted
 
     @property
     def in_flight(self) -> int:
-        return len(self._reads)
+        return len(self._reads) + len(self._measures)
 
     def do(self, command: LinkCommand, now_us: int) -> None:
         match command:
@@ -193,6 +197,8 @@ class LinkLoop:
                 self._disconnect((node_id, epoch))
             case OpenLink(make_link):
                 self._open(make_link)
+            case MeasureRead():
+                self._measure(command, now_us)
             case Wake():
                 pass
         self._pace.stir(now_us)
@@ -212,8 +218,13 @@ class LinkLoop:
             self._close_retired()
         self._give_up_probes(now_us)
 
+    def settle(self, now_us: int) -> None:
+        """Say what was measured. now_us: after the poll, which may have taken long itself."""
+        for ended in self._measures.take_ended(now_us):
+            self._on_event(ended)
+
     def next_wait_us(self, now_us: int) -> int:
-        return self._pace.next_wait_us(now_us, awaited=self._awaited > 0)
+        return self._pace.next_wait_us(now_us, awaited=self._awaited + self._measures.awaited > 0)
 
     def close(self) -> int:
         """How many reads have not ended: if not 0, slab and scratch must stay mapped for ever."""
@@ -221,7 +232,7 @@ class LinkLoop:
             link.close()
         self._link = None
         self._retired = []
-        return len(self._reads)
+        return self.in_flight
 
     # -- links and peers ---------------------------------------------------------------------
 
@@ -274,12 +285,15 @@ class LinkLoop:
 
     def _probe(self, peer: _Peer) -> str:
         """Read 64 bytes, so that the connection is made now and not by the first block."""
-        read_id = ReadId(self._next_probe)
-        self._next_probe -= 1
+        read_id = self._own_id()
         reason = self._start(_headers(read_id, peer, np.zeros(1, np.uint64)), peer)
         if not reason:
             peer.probe = read_id
         return reason
+
+    def _own_id(self) -> ReadId:
+        self._next_own_id -= 1
+        return ReadId(self._next_own_id + 1)
 
     def _disconnect(self, peer_id: _PeerId) -> None:
         peer = self._peers.pop(peer_id, None)
@@ -361,6 +375,22 @@ class LinkLoop:
         self._awaited += 1
         return ""
 
+    def _measure(self, command: MeasureRead, now_us: int) -> None:
+        peer = self._peers.get((command.node_id, command.epoch))
+        if peer is None:
+            reason = f"node {command.node_id} epoch {command.epoch} is not connected"
+        else:
+            reason = self._make_known(peer)
+        if peer is None or reason:
+            ended: MeasureEnded | None = MeasureEnded(
+                command.measure_id, Outcome.NOT_CONNECTED, reason=reason
+            )
+        else:
+            assert self._link is not None
+            ended = self._measures.start(command, self._own_id(), self._link, peer.info, now_us)
+        if ended is not None:
+            self._on_event(ended)
+
     def _take_rows(self, offsets: Offsets, runs: HeaderRuns | None) -> _Rows | None:
         """Room for these headers and what is read along with them; for nothing else where that is
         too much; None if there is not even that. runs: of these, if somebody has made them.
@@ -380,6 +410,8 @@ class LinkLoop:
             read.link.abandon(read_id)
 
     def _end(self, end: ReadEnd, now_us: int) -> None:
+        if self._measures.end(end):
+            return
         read = self._reads.pop(end.read_id)
         self._awaited -= not read.abandoned
         done = end.outcome is ReadOutcome.DONE
@@ -414,6 +446,7 @@ class LinkLoop:
             "retired_links": len(self._retired),
             "peers": len(self._peers),
             "reads_in_flight": len(self._reads),
+            "measures_in_flight": len(self._measures),
             "reads_abandoned": len(self._reads) - self._awaited,
             "scratch_pages_free": self._scratch.free_count,
             "polls": self.poll_count,
@@ -427,12 +460,13 @@ class LinkLoop:
         by_link: dict[int, int] = {id(link): 0 for link in self._links()}
         for read in self._reads.values():
             by_link[id(read.link)] += 1
+        for link in self._measures.links():
+            by_link[id(link)] += 1
         for link in self._links():
             assert link.in_flight == by_link[id(link)], "a read that only one side knows"
         assert self._awaited == sum(not read.abandoned for read in self._reads.values())
-        self._scratch.check(
-            read.rows.span for read in self._reads.values() if read.rows is not None
-        )
+        spans = [read.rows.span for read in self._reads.values() if read.rows is not None]
+        self._scratch.check([*spans, *self._measures.spans()])
         for peer_id, peer in self._peers.items():
             if peer.probe is not None:
                 assert self._reads[peer.probe].peer_id == peer_id

@@ -39,6 +39,7 @@ from kvray.link.base import Link
 from kvray.node.control import Control
 from kvray.node.host import host_facts
 from kvray.node.inbox import Inbox, Question
+from kvray.node.measuring import DEADLINE_MS, Measured
 from kvray.node.opening import left_behind, open_slab, sweep_dead_nodes
 from kvray.node.peers import LinkThread
 from kvray.node.server import LocalServer
@@ -117,6 +118,15 @@ class NodeLoop(threading.Thread):
         self.ask(lambda serving: serving.take_over(wants, deadline_ms, done))
         try:
             return done.result(deadline_s + QUESTION_DEADLINE_S)
+        except TimeoutError as exc:
+            raise NodeLostError(f"the NodeStore of node {self._node_id} has stopped") from exc
+
+    def measure(self, peer_id: NodeId) -> Measured:
+        """How good the link to this node is. Raises NodeLostError as `ask` does."""
+        done: Future[Measured] = Future()
+        self.ask(lambda serving: serving.measure(peer_id, done))
+        try:
+            return done.result(DEADLINE_MS / 1_000 + QUESTION_DEADLINE_S)
         except TimeoutError as exc:
             raise NodeLostError(f"the NodeStore of node {self._node_id} has stopped") from exc
 

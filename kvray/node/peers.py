@@ -29,6 +29,7 @@ from kvray.node.link_loop import (
     ReadEnded,
     Wake,
 )
+from kvray.node.link_measures import MeasureEnded, MeasureRead
 from kvray.node.scratch import PAGE_COUNT, HeaderScratch
 
 __all__ = [
@@ -40,6 +41,8 @@ __all__ = [
     "LinkOpened",
     "LinkThread",
     "MakeLink",
+    "MeasureEnded",
+    "MeasureRead",
     "PeerConnected",
     "ReadEnded",
 ]
@@ -130,6 +133,7 @@ class LinkThread:
             if self._commands:
                 loop.do(self._commands.popleft(), _now_us())
             loop.poll(_now_us())
+            loop.settle(_now_us())
             if not self._commands:
                 self._bell.wait(loop.next_wait_us(_now_us()) / 1e6)
         loop.close()

@@ -53,12 +53,15 @@ from kvray.core.store import StoreCore
 from kvray.errors import LinkError, RemoteProtocolError
 from kvray.node.control import Control, DirectoryAnswered, DirectoryFailed
 from kvray.node.inbox import Event, Inbox, Question
+from kvray.node.measuring import LinkMeter, Measured
 from kvray.node.peers import (
     ConnectFailed,
     Ending,
     LinkFailed,
     LinkOpened,
     LinkThread,
+    MeasureEnded,
+    MeasureRead,
     PeerConnected,
     ReadEnded,
 )
@@ -123,11 +126,13 @@ class Serving:
         self._gone: deque[tuple[int, int]] = deque()  # processes; the core does not know it yet
         self._calls: Deadlines[int] = Deadlines()
         self._woken_ms: dict[NodeId, int] = {}
+        self._peers: dict[NodeId, Epoch] = {}  # that there are to read from, connected or not
         self._connecting: dict[NodeId, Epoch] = {}
         self._connected: dict[NodeId, Epoch] = {}
         self._new_epoch: Epoch | None = None  # taken, while the link for it is being made
         self._link_due_ms: int | None = None  # when that has to be done
         self._recent: deque[tuple[int, str]] = deque(maxlen=RECENT_EVENTS)
+        self._meter = LinkMeter(self._measure_read)
         self._take_overs = 0
         self._taking_over: dict[int, Future[list[bytes]]] = {}
         self._doers: dict[type, Callable[[Any], None]] = {
@@ -246,6 +251,8 @@ class Serving:
         match event:
             case ReadEnded():
                 self._on_read_ended(event, now_ms)
+            case MeasureEnded():
+                self._meter.on_ended(event, now_ms)
             case DirectoryAnswered(call_id, data):
                 self._calls.discard(call_id)
                 self._on_reply(call_id, data, now_ms)
@@ -351,12 +358,12 @@ class Serving:
     def _connect(self, connect: ConnectPeer) -> None:
         info = connect.info
         self._connected.pop(info.node_id, None)
-        self._connecting[info.node_id] = info.epoch
+        self._peers[info.node_id] = self._connecting[info.node_id] = info.epoch
         self._wake(info.node_id)
         self._link.submit(connect)
 
     def _disconnect(self, disconnect: DisconnectPeer) -> None:
-        for epochs in (self._connecting, self._connected):
+        for epochs in (self._peers, self._connecting, self._connected):
             if epochs.get(disconnect.node_id) == disconnect.epoch:
                 del epochs[disconnect.node_id]
         self._woken_ms.pop(disconnect.node_id, None)
@@ -373,6 +380,10 @@ class Serving:
         if now_ms - self._woken_ms.get(node_id, -WAKE_PERIOD_MS) >= WAKE_PERIOD_MS:
             self._woken_ms[node_id] = now_ms
             self._control.wake(node_id)
+
+    def _measure_read(self, read: MeasureRead) -> None:
+        self._wake(read.node_id)
+        self._link.submit(read)
 
     def _abandon_read(self, abandon: AbandonRead) -> None:
         self._link.submit(abandon)
@@ -422,6 +433,10 @@ class Serving:
         self._do(
             self._core.take_over(self._take_overs, wants, deadline_ms=deadline_ms, now_ms=now_ms)
         )
+
+    def measure(self, node_id: NodeId, done: "Future[Measured]") -> None:
+        """done: will have how good the link to this node is."""
+        self._meter.begin(node_id, self._peers.get(node_id), done, clock_ms())
 
     def clear(self) -> None:
         self._do(self._core.clear(clock_ms()))

@@ -286,15 +286,29 @@ def top(
 
 
 @app.command()
-def doctor(cluster_name: ClusterName = DEFAULT_CLUSTER, as_json: AsJson = False) -> None:
-    """Check what sharing needs, and say between which engines kvray will share, or why not."""
+def doctor(
+    *,
+    cluster_name: ClusterName = DEFAULT_CLUSTER,
+    rdma: Annotated[
+        bool,
+        typer.Option("--rdma", help="Insist: where two hosts have RDMA devices, bytes use them."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check what sharing needs, measure the links between the nodes, and say between which engines
+    kvray will share, or why not.
+    """
     with explained():
-        seen = connected(cluster_name).status()
-        findings, said = diagnose(seen), verdict(seen)
+        cluster = connected(cluster_name)
+        seen = cluster.status()
+        with err.status("measuring links") as line:
+            links = cluster.measure_links(line.update)
+        findings, said = diagnose(seen, links, wants_rdma=rdma), verdict(seen)
         is_ill = any(finding.grade is Grade.BAD for finding in findings)
         if as_json:
             checks = [finding.to_dict() for finding in findings]
-            print_json({"ok": not is_ill, "findings": checks, "verdict": said})
+            measured = [link.to_dict() for link in links]
+            print_json({"ok": not is_ill, "findings": checks, "links": measured, "verdict": said})
         else:
             table = Table("", "check", "found")
             for finding in findings:

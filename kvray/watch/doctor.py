@@ -1,6 +1,7 @@
 """Why engines share, or do not: checks over what the nodes have said of themselves.
 
-    facts (Ray, ClusterStatus) ──▶ diagnose ──▶ findings, and a verdict: who shares with whom
+    facts (Ray, ClusterStatus) ──┬──▶ diagnose ──▶ findings, and a verdict: who shares with whom
+    links, measured by the nodes ┘
 
 A finding is good, a warning (it works, but worse than it could) or bad (something does not work).
 Engines share exactly if their namespaces are equal; where two of one model are not, the fields that
@@ -14,11 +15,11 @@ from enum import StrEnum
 from itertools import combinations
 from typing import Any
 
-from kvray.cluster import ClusterStatus, NodeState, NodeStatus
+from kvray.cluster import ClusterStatus, LinkMeasurement, NodeState, NodeStatus
+from kvray.core.way import Outcome, Way
 from kvray.watch.tables import NODE_CHARS, engines_of
 
 MIN_MARGIN_SHARE = 0.02  # of the slab: below this Ray is about to kill workers
-MAX_PAIRS = 64  # of nodes, whose way is told one by one
 
 
 class Grade(StrEnum):
@@ -54,15 +55,20 @@ class Engine:
         return f"{self.model} (pid {self.pid} on node {self.node_id[:NODE_CHARS]})"
 
 
-def diagnose(status: ClusterStatus) -> list[Finding]:
-    """All checks, in the order in which they build on each other."""
+def diagnose(
+    status: ClusterStatus, links: Sequence[LinkMeasurement] = (), *, wants_rdma: bool = False
+) -> list[Finding]:
+    """All checks, in the order in which they build on each other. links: as Cluster.measure_links
+    returns them. wants_rdma: bytes that could go by RDMA and do not are bad.
+    """
     ready = [node for node in status.nodes if node.state is NodeState.READY and node.details]
     engines = engines_in(status)
     return [
         *_check_nodes(status),
         *_check_versions(ready),
         *_check_hosts(ready),
-        *_check_ways(ready),
+        *_check_links(ready, links),
+        *(_check_rdma(ready, links) if wants_rdma else ()),
         *_check_engines(engines),
     ]
 
@@ -171,26 +177,125 @@ def _check_hosts(nodes: Sequence[NodeStatus]) -> Iterable[Finding]:
             )
 
 
-def _check_ways(nodes: Sequence[NodeStatus]) -> Iterable[Finding]:
-    """How blocks go between each two nodes, and how fast they went."""
-    for one, other in list(combinations(nodes, 2))[:MAX_PAIRS]:
-        name = f"{one.node_id[:NODE_CHARS]} - {other.node_id[:NODE_CHARS]}"
-        rates = [
-            rate
-            for here, there in ((one, other), (other, one))
-            if (rate := _rate(here, there.node_id)) is not None
-        ]
-        speed = (
-            f"{max(rates) / 1e6:.2f} GB/s when blocks were last fetched"
-            if rates
-            else "nothing was fetched yet, so its speed is not known"
-        )
-        if len(nodes) > 1 and not (one.peer_count and other.peer_count):
-            yield Finding(
-                Grade.WARNING, name, "not connected yet: a first read makes the connection"
+def _check_links(
+    nodes: Sequence[NodeStatus], links: Sequence[LinkMeasurement]
+) -> Iterable[Finding]:
+    """How long a read takes, how fast and which way bytes come, between each two nodes."""
+    facts = {node.node_id: _facts(node) for node in nodes}
+    pairs: defaultdict[frozenset[str], list[LinkMeasurement]] = defaultdict(list)
+    for link in links:
+        pairs[frozenset((link.node_id, link.peer_id))].append(link)
+    for ways in pairs.values():
+        judged = [_judge_link(link, facts) for link in ways]
+        grade = max((grade for grade, _ in judged), key=list(Grade).index)
+        name = f"{ways[0].node_id[:NODE_CHARS]} - {ways[0].peer_id[:NODE_CHARS]}"
+        yield Finding(grade, name, "; ".join(text for _, text in judged))
+    pair_count = len(nodes) * (len(nodes) - 1) // 2
+    if pair_count > len(pairs):
+        text = f"{len(pairs)} of {pair_count} pairs of nodes were measured"
+        yield Finding(Grade.GOOD, "links", text)
+
+
+def _judge_link(link: LinkMeasurement, facts: Mapping[str, Mapping[str, Any]]) -> tuple[Grade, str]:
+    """One way of a link: what was measured, or why nothing was and what to do."""
+    name = f"{link.node_id[:NODE_CHARS]} reads"
+    match link.outcome:
+        case Outcome.MEASURED:
+            seen = f"{name} by {_way(link)}: {link.latency_us} us, {link.gb_per_s:.2f} GB/s"
+            doubt = _doubt(link, is_far=_is_far(link, facts))
+            return (Grade.WARNING, f"{seen}. {doubt}") if doubt else (Grade.GOOD, seen)
+        case Outcome.LATE:
+            advice = (
+                "Can both hosts reach each other on any port? UCX_NET_DEVICES, set before "
+                "`ray start`, names the interface to use"
             )
-            continue
-        yield Finding(Grade.GOOD, name, f"{_way(_facts(one), _facts(other))}; {speed}")
+            return Grade.BAD, f"{name} nothing: {link.reason}. {advice}"
+        case Outcome.FAILED:
+            return Grade.BAD, f"{name} nothing: {link.reason}. The NodeStore's log says more"
+        case Outcome.NOT_CONNECTED:
+            advice = "A node that has just joined is there in a moment: ask again"
+            return Grade.WARNING, f"{name} nothing: {link.reason}. {advice}"
+        case Outcome.SKIPPED:
+            return Grade.WARNING, f"{name} nothing, it was not measured: {link.reason}"
+
+
+def _doubt(link: LinkMeasurement, *, is_far: bool) -> str:
+    """What is odd about the way that bytes have come; empty if nothing is."""
+    if link.way is Way.UNCLEAR and link.devices:
+        return (
+            "All of these have counted as many bytes: ask again when others send less, unless it "
+            "is TCP over InfiniBand, which both count"
+        )
+    if link.way is Way.UNCLEAR:
+        return (
+            "These are two machines, and no counter of the one that reads has seen the bytes: "
+            "they came by a device whose counters it can not read"
+        )
+    if link.way is Way.TCP and not is_far:
+        return (
+            "These are on one machine, and bytes could be copied in memory: UCX needs one pid "
+            "namespace, leave to use process_vm_readv, and a UCX_TLS that does not forbid it"
+        )
+    return ""
+
+
+def _check_rdma(nodes: Sequence[NodeStatus], links: Sequence[LinkMeasurement]) -> Iterable[Finding]:
+    """That bytes go by RDMA between all hosts that have a device for it."""
+    facts = {node.node_id: _facts(node) for node in nodes}
+    if not any(host.get("rdma_devices") for host in facts.values()):
+        yield Finding(
+            Grade.WARNING,
+            "rdma",
+            "nothing could be checked: no node has an RDMA device, or its container does not see "
+            "/sys/class/infiniband",
+        )
+        return
+    judged = [
+        finding
+        for link in links
+        if link.outcome is Outcome.MEASURED and _is_far(link, facts)
+        for finding in _judge_rdma(link, facts)
+    ]
+    yield from judged
+    if not judged:
+        text = "nothing could be checked: no link between two machines was measured"
+        yield Finding(Grade.WARNING, "rdma", text)
+
+
+def _judge_rdma(link: LinkMeasurement, facts: Mapping[str, Mapping[str, Any]]) -> Iterable[Finding]:
+    ends = (link.node_id, link.peer_id)
+    node, peer = (end[:NODE_CHARS] for end in ends)
+    without = [end[:NODE_CHARS] for end in ends if not facts.get(end, {}).get("rdma_devices")]
+    if link.way is Way.RDMA:
+        yield Finding(Grade.GOOD, "rdma", f"{node} reads from {peer} by {_way(link)}")
+    elif without:
+        text = f"{node} reads from {peer} by {_way(link)}: no RDMA device on {', '.join(without)}"
+        yield Finding(Grade.WARNING, "rdma", text)
+    else:
+        seen = "; ".join(f"on {end[:NODE_CHARS]} {_rdma_facts(facts[end])}" for end in ends)
+        yield Finding(
+            Grade.BAD,
+            "rdma",
+            f"{node} reads from {peer} by {_way(link)}, and both have RDMA devices: {seen}. What "
+            "RDMA needs: an unlimited memlock (`ulimit -l unlimited`, `docker run --ulimit "
+            "memlock=-1`), /dev/infiniband in the container (`--device=/dev/infiniband`), a "
+            "UCX_TLS and UCX_NET_DEVICES that do not forbid it, an active port, and a GID that "
+            "both reach (UCX_IB_GID_INDEX)",
+        )
+
+
+def _rdma_facts(host: Mapping[str, Any]) -> str:
+    memlock = host.get("memlock_bytes", -1)
+    ports = [f"{name} {state}" for name, state in host.get("rdma_ports", {}).items()]
+    settings = [f"{name}={value}" for name, value in host.get("ucx_settings", {}).items()]
+    return ", ".join(
+        [
+            *(ports or host["rdma_devices"]),
+            f"memlock {'unlimited' if memlock < 0 else f'{memlock} bytes'}",
+            "/dev/infiniband is there" if host.get("has_verbs") else "no /dev/infiniband/uverbs*",
+            *(settings or ["no setting of UCX"]),
+        ]
+    )
 
 
 def _check_engines(engines: Sequence[Engine]) -> Iterable[Finding]:
@@ -223,17 +328,12 @@ def _facts(node: NodeStatus) -> Mapping[str, Any]:
     return facts
 
 
-def _rate(node: NodeStatus, peer_id: str) -> float | None:
-    """bytes/ms of what came from this peer lately."""
-    peer = node.details.get("fetch", {}).get("peers", {}).get(peer_id, {})
-    rate: float | None = peer.get("bytes_per_ms")
-    return rate
+def _is_far(link: LinkMeasurement, facts: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether its ends are on two machines."""
+    here, there = (facts.get(end, {}).get("boot_id", end) for end in (link.node_id, link.peer_id))
+    return bool(here != there)
 
 
-def _way(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """What UCX chooses between two such hosts, unless UCX_TLS says otherwise."""
-    if one.get("boot_id") == other.get("boot_id"):
-        return "one machine: shared memory (cma) if the kernel allows it, else tcp"
-    if one.get("rdma_devices") and other.get("rdma_devices"):
-        return f"rdma ({', '.join(one['rdma_devices'])})"
-    return "tcp (no RDMA device on both)"
+def _way(link: LinkMeasurement) -> str:
+    devices = f" ({', '.join(link.devices)})" if link.devices else ""
+    return f"{link.way}{devices}"

@@ -30,8 +30,10 @@ from kvray.core.codec import encode
 from kvray.core.ids import BlockKey, Epoch, NodeId, SlabId
 from kvray.core.layout import FORMAT_VERSION
 from kvray.core.messages import KeyState, NodeHello, NodeInfo
+from kvray.core.way import MIN_JUDGED_BYTES, Outcome, Way
 from kvray.node.actor import NodeStore
 from kvray.node.client import ClientState
+from kvray.node.scratch import PAGE_COUNT
 from tests.block_client import BLOCK_BYTES, Client, payload_of
 from tests.ray_nodes import wait_until
 
@@ -180,6 +182,42 @@ def test_what_nobody_has_is_a_miss_at_once_and_a_prefix_ends_there(
     assert time.monotonic() - begun < 2.0, "a miss does not wait for the deadline"
     b.client.unpin(ticket)
     assert b.hits(keys) == 1
+
+
+def test_links_are_measured_and_nothing_is_left_of_it(
+    running: kvray.Cluster, pair: tuple[Client, Client]
+) -> None:
+    """Both nodes are on this machine, so bytes are copied in memory and no counter sees them."""
+    node_a, node_b = node_ids(running)
+    keys = pair[0].store("before the measurement")
+    wait_listed(running, keys)
+    payload = ray.get(store_of(running, node_a).block_bytes.remote(keys[0]))
+
+    links = running.measure_links()
+
+    assert {(link.node_id, link.peer_id) for link in links} == {(node_a, node_b), (node_b, node_a)}
+    for link in links:
+        assert (link.outcome, link.reason) == (Outcome.MEASURED, "")
+        assert (link.way, link.devices) == (Way.CMA, ())
+        assert 0 < link.latency_us < 100_000
+        assert link.gb_per_s > 0
+        assert link.read_bytes >= MIN_JUDGED_BYTES
+    for node_id in (node_a, node_b):
+        ray.get(store_of(running, node_id).check.remote())
+        link_state = status_of(running, node_id)["link"]
+        assert link_state["measures_in_flight"] == 0
+        assert link_state["scratch_pages_free"] == PAGE_COUNT
+    assert ray.get(store_of(running, node_a).block_bytes.remote(keys[0])) == payload
+    assert pair[1].hits(keys) == 1
+
+
+def test_a_link_to_a_node_that_is_not_there_is_not_measured_and_says_so(
+    running: kvray.Cluster,
+) -> None:
+    store = store_of(running, node_ids(running)[0])
+    answer = ray.get(store.measure_link.remote("ab" * 28, is_far=True))
+    assert answer["outcome"] == Outcome.NOT_CONNECTED
+    assert "roster" in answer["reason"]
 
 
 def test_two_models_share_nothing(running: kvray.Cluster) -> None:

@@ -112,7 +112,10 @@ def test_from_nothing_to_nothing(terminal: Terminal) -> None:
     doctor = terminal.ask("doctor")
     assert doctor["ok"]
     assert "kvray.attach" in doctor["verdict"]
+    assert doctor["links"] == [], "there is one node"
     assert "kvray.attach" in terminal.type("doctor", "--cluster", CLUSTER).stdout
+    (rdma,) = [f for f in terminal.ask("doctor", "--rdma")["findings"] if f["check"] == "rdma"]
+    assert "nothing could be checked" in rdma["text"]
 
     wrong = terminal.type("start", "--set", "slab_byte=1", "--cluster", CLUSTER, code=1)
     assert "slab_bytes" in said(wrong), "the right name is suggested"

@@ -5,16 +5,43 @@ from typing import Any
 
 import pytest
 
-from kvray.cluster import ClusterStatus, NodeState
+from kvray.cluster import ClusterStatus, LinkMeasurement, NodeState
+from kvray.core.way import Outcome, Way
 from kvray.errors import ConfigError
 from kvray.watch.cli import parse_settings
 from kvray.watch.doctor import Finding, Grade, diagnose, verdict
 from kvray.watch.tables import status_data
 from tests.statuses import FIELDS, cluster, engine, node
 
+RDMA: dict[str, Any] = {
+    "rdma_devices": ["mlx5_0"],
+    "rdma_ports": {"mlx5_0/1": "4: ACTIVE"},
+    "has_verbs": False,
+    "ucx_settings": {"UCX_TLS": "tcp"},
+}
+FAR: dict[str, Any] = {"boot_id": "another"}
+
 
 def bad(status: ClusterStatus) -> list[Finding]:
     return [finding for finding in diagnose(status) if finding.grade is Grade.BAD]
+
+
+def link(node: str, peer: str, way: Way | None = Way.TCP, **fields: Any) -> LinkMeasurement:
+    measured = {"latency_us": 180, "gb_per_s": 2.5, "devices": ("eth0",), "read_bytes": 40 << 20}
+    ends = {"node_id": node * 56, "peer_id": peer * 56}
+    return LinkMeasurement(
+        **{"outcome": Outcome.MEASURED, "way": way, **ends, **measured, **fields}
+    )
+
+
+def unmeasured(outcome: Outcome, reason: str) -> LinkMeasurement:
+    return LinkMeasurement("a" * 56, "b" * 56, outcome, reason)
+
+
+def of_links(status: ClusterStatus, *links: LinkMeasurement, rdma: bool = False) -> list[Finding]:
+    """What is said of links, or with rdma only of that."""
+    found = diagnose(status, links, wants_rdma=rdma)
+    return [f for f in found if f.check == "rdma" or (not rdma and " - " in f.check)]
 
 
 def warnings(status: ClusterStatus) -> str:
@@ -74,22 +101,118 @@ def test_a_slab_that_is_not_locked_and_a_host_that_is_nearly_full_are_warned_of(
     assert not warnings(cluster(node("a", memory_margin_bytes=-1))), "Ray kills nobody"
 
 
+def test_a_link_is_told_in_both_directions_as_it_was_measured() -> None:
+    status = cluster(node("a"), node("b", **FAR))
+    there = link("a", "b")
+    back = link("b", "a", latency_us=200, gb_per_s=1.25, devices=("eth0", "eth1"))
+    (finding,) = of_links(status, there, back)
+    assert finding.grade is Grade.GOOD
+    assert finding.check == "aaaaaaaa - bbbbbbbb"
+    assert finding.text == (
+        "aaaaaaaa reads by tcp (eth0): 180 us, 2.50 GB/s; "
+        "bbbbbbbb reads by tcp (eth0, eth1): 200 us, 1.25 GB/s"
+    )
+
+
+def test_pairs_that_were_not_measured_are_counted() -> None:
+    status = cluster(node("a"), node("b"), node("c"))
+    said = [f.text for f in diagnose(status, [link("a", "b"), link("b", "a")])]
+    assert "1 of 3 pairs of nodes were measured" in said
+
+
 @pytest.mark.parametrize(
-    ("facts", "expected"),
+    ("outcome", "reason", "grade", "advice"),
     [
-        ({}, "shared memory"),
-        ({"boot_id": "another", "rdma_devices": ["mlx5_0"]}, "rdma (mlx5_0)"),
-        ({"boot_id": "another"}, "tcp"),
+        (Outcome.LATE, "no answer in 5000 ms", Grade.BAD, "UCX_NET_DEVICES"),
+        (Outcome.FAILED, "it is gone", Grade.BAD, "log"),
+        (Outcome.NOT_CONNECTED, "it is not on this node's roster", Grade.WARNING, "ask again"),
+        (Outcome.SKIPPED, "time was up", Grade.WARNING, "not measured"),
     ],
 )
-def test_the_way_between_two_nodes_is_said_with_its_speed(
-    facts: dict[str, Any], expected: str
+def test_a_link_that_was_not_measured_says_why_and_what_to_do(
+    outcome: Outcome, reason: str, grade: Grade, advice: str
 ) -> None:
-    a = node("a", rate=4.5e6, rdma_devices=["mlx5_0"])
-    said = [f.text for f in diagnose(cluster(a, node("b", **facts))) if "GB/s" in f.text]
-    assert len(said) == 1
-    assert expected in said[0]
-    assert "4.50 GB/s" in said[0]
+    status = cluster(node("a"), node("b"))
+    (finding,) = of_links(status, unmeasured(outcome, reason), link("b", "a", Way.CMA, devices=()))
+    assert finding.grade is grade, "the worse direction counts"
+    assert reason in finding.text
+    assert advice in finding.text
+    assert "bbbbbbbb reads by cma: 180 us" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("facts", "way", "devices", "doubt"),
+    [
+        ({}, Way.TCP, ("lo",), "process_vm_readv"),
+        ({}, Way.CMA, (), ""),
+        (FAR, Way.TCP, ("eth0",), ""),
+        (FAR, Way.RDMA, ("mlx5_0/1",), ""),
+        (FAR, Way.UNCLEAR, ("mlx5_0/1", "ib0"), "TCP over InfiniBand"),
+        (FAR, Way.UNCLEAR, (), "no counter"),
+    ],
+)
+def test_a_way_that_is_odd_is_warned_of(
+    facts: dict[str, Any], way: Way, devices: tuple[str, ...], doubt: str
+) -> None:
+    status = cluster(node("a"), node("b", **facts))
+    (finding,) = of_links(status, link("a", "b", way, devices=devices))
+    assert (finding.grade is Grade.WARNING) == bool(doubt)
+    assert doubt in finding.text
+
+
+def test_rdma_that_could_be_used_and_is_not_is_bad_and_says_what_to_look_at() -> None:
+    status = cluster(node("a", **RDMA), node("b", **FAR, **RDMA, memlock_bytes=-1))
+    (finding,) = of_links(status, link("a", "b"), rdma=True)
+    assert finding.grade is Grade.BAD
+    for expected in (
+        "reads from bbbbbbbb by tcp (eth0)",
+        "on aaaaaaaa mlx5_0/1 4: ACTIVE, memlock 65536 bytes, no /dev/infiniband/uverbs*",
+        "UCX_TLS=tcp",
+        "memlock unlimited",
+        "--device=/dev/infiniband",
+        "UCX_IB_GID_INDEX",
+    ):
+        assert expected in finding.text
+    assert not [f for f in diagnose(status, [link("a", "b")]) if f.grade is Grade.BAD], "not asked"
+
+
+def test_rdma_that_is_used_is_good() -> None:
+    status = cluster(node("a", **RDMA), node("b", **FAR, **RDMA))
+    (finding,) = of_links(status, link("a", "b", Way.RDMA, devices=("mlx5_0/1",)), rdma=True)
+    assert finding.grade is Grade.GOOD
+    assert "by rdma (mlx5_0/1)" in finding.text
+
+
+def test_a_host_without_an_rdma_device_is_named_and_not_bad() -> None:
+    status = cluster(node("a", **RDMA), node("b", **FAR))
+    (finding,) = of_links(status, link("a", "b"), rdma=True)
+    assert finding.grade is Grade.WARNING
+    assert "no RDMA device on bbbbbbbb" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("status", "links", "expected"),
+    [
+        (cluster(node("a"), node("b", **FAR)), [link("a", "b")], "no node has an RDMA device"),
+        (
+            cluster(node("a", **RDMA), node("b", **RDMA)),
+            [link("a", "b", Way.CMA, devices=())],
+            "no link between two machines",
+        ),
+        (
+            cluster(node("a", **RDMA), node("b", **FAR, **RDMA)),
+            [unmeasured(Outcome.LATE, "no answer")],
+            "no link between two machines",
+        ),
+    ],
+)
+def test_where_rdma_can_not_be_checked_that_is_said(
+    status: ClusterStatus, links: list[LinkMeasurement], expected: str
+) -> None:
+    (finding,) = of_links(status, *links, rdma=True)
+    assert finding.grade is Grade.WARNING
+    assert "nothing could be checked" in finding.text
+    assert expected in finding.text
 
 
 def test_status_as_data_is_what_the_documentation_says() -> None:

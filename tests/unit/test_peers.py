@@ -24,11 +24,13 @@ from kvray.core.header_runs import Offsets, header_runs
 from kvray.core.ids import Epoch, NodeId, ReadId, SlabId, SlotIndex
 from kvray.core.layout import HEADER_BYTES, SLOT_HEADER_DTYPE, Geometry
 from kvray.core.messages import NodeInfo
+from kvray.core.way import Outcome
 from kvray.errors import LinkError
 from kvray.link.base import Link, ReadOutcome, Segments
 from kvray.link.loopback import Fate, LoopbackLink, LoopbackNetwork
 from kvray.node import pace
 from kvray.node.link_loop import CONNECT_LIMIT_US, MAX_READS, LinkLoop, OpenLink, Wake
+from kvray.node.link_measures import MAX_MEASURES, PIECE_BYTES, TARGET_BYTES
 from kvray.node.pace import BUSY_WINDOW_US, IDLE_POLL_US
 from kvray.node.peers import (
     ConnectFailed,
@@ -37,6 +39,8 @@ from kvray.node.peers import (
     LinkFailed,
     LinkOpened,
     LinkThread,
+    MeasureEnded,
+    MeasureRead,
     PeerConnected,
     ReadEnded,
     _Bell,
@@ -85,8 +89,9 @@ class Node:
         self.network = LoopbackNetwork()
         self.slab = Memory(GEOMETRY.slab_bytes)
         self.events: list[object] = []
-        self.fates: dict[int, Fate] = {}  # by read id; ids below 0 are probes
+        self.fates: dict[int, Fate] = {}  # by read id; ids below 0 are probes and timed ones
         self.probe_fate = Fate()
+        self.posted: list[Segments] = []
         self.scratch = HeaderScratch(scratch_pages)
         self.loop = LinkLoop(
             slab_address=self.slab.address,
@@ -109,7 +114,8 @@ class Node:
         self.links.append(LoopbackLink(name, network=self.network, fate=self._fate))
         return self.links[-1]
 
-    def _fate(self, read_id: ReadId, _peer_name: str, _segments: Segments) -> Fate:
+    def _fate(self, read_id: ReadId, _peer_name: str, segments: Segments) -> Fate:
+        self.posted.append(segments)
         return self.fates.get(read_id, Fate() if read_id > 0 else self.probe_fate)
 
     def do(self, command: object) -> None:
@@ -119,6 +125,7 @@ class Node:
     def poll(self, count: int = 1) -> None:
         for _ in range(count):
             self.loop.poll(self.now_us)
+            self.loop.settle(self.now_us)
             self.loop.check()
 
     def run_for(self, duration_us: int) -> int:
@@ -128,6 +135,7 @@ class Node:
         while self.now_us < until_us:
             self.now_us += self.loop.next_wait_us(self.now_us)
             self.loop.poll(self.now_us)
+            self.loop.settle(self.now_us)
         self.loop.check()
         return self.loop.poll_count - polled_before
 
@@ -453,6 +461,114 @@ def test_scattered_headers_are_read_without_gaps_when_room_is_short() -> None:
     held_by.set()
     node.poll()
     assert node.scratch.free_count == 2
+
+
+# -- reads that are only timed ------------------------------------------------------------------
+
+
+def measure(measure_id: int, peer: Peer, size: int = 64, limit_us: int = SECOND_US) -> MeasureRead:
+    return MeasureRead(measure_id, peer.info.node_id, peer.info.epoch, size, limit_us)
+
+
+def test_a_read_is_timed_from_its_post_until_after_the_poll_that_saw_its_end() -> None:
+    node = Node()
+    peer = node.with_peer()
+    before = node.slab.bytes.copy()
+    node.probe_fate = Fate(polls=2)
+    node.do(measure(1, peer, 8192))
+    node.poll()
+    assert node.take(MeasureEnded) == []
+    node.now_us += 300
+    node.loop.poll(node.now_us)
+    node.loop.settle(node.now_us + 40)
+    assert node.take(MeasureEnded) == [MeasureEnded(1, Outcome.MEASURED, 340)]
+    assert node.take(ReadEnded) == []
+    assert np.array_equal(node.slab.bytes, before), "nothing is written into the slab"
+    assert node.scratch.free_count == node.scratch.page_count
+    assert node.loop.in_flight == 0
+
+
+def test_a_large_one_comes_from_all_over_the_slab_into_little_scratch_memory() -> None:
+    node = Node(scratch_pages=TARGET_BYTES // 4096)
+    peer = node.with_peer()
+    node.do(measure(1, peer, 8 * PIECE_BYTES + 100))
+    node.poll()
+    (ended,) = node.take(MeasureEnded)
+    assert ended.outcome is Outcome.MEASURED
+    segments = node.posted[-1]
+    assert segments.bytes.sum() == 8 * PIECE_BYTES + 100
+    start, stop = node.scratch.address, node.scratch.address + TARGET_BYTES
+    assert (segments.local >= start).all()
+    assert (segments.local + segments.bytes <= stop).all()
+
+
+def test_a_late_one_is_told_once_and_keeps_its_rows_until_it_has_ended() -> None:
+    node = Node(scratch_pages=2)
+    peer = node.with_peer()
+    held_by = threading.Event()
+    node.probe_fate = Fate(held_by=held_by)
+    node.do(measure(1, peer, limit_us=1_000))
+    node.run_for(3_000)
+    (late,) = node.take(MeasureEnded)
+    assert (late.measure_id, late.outcome) == (1, Outcome.LATE)
+    node.run_for(2 * BUSY_WINDOW_US)
+    assert node.run_for(SECOND_US) == SECOND_US // IDLE_POLL_US, "nobody waits for it any more"
+    assert node.scratch.free_count == 1
+    node.probe_fate = Fate()
+    node.do(headers(1, peer, 11))
+    node.poll()
+    assert node.take_end().headers["generation"].tolist() == [11]
+    held_by.set()
+    node.poll()
+    assert node.take(MeasureEnded) == []
+    assert node.scratch.free_count == 2
+
+
+def test_late_ones_are_few() -> None:
+    node = Node(scratch_pages=8)
+    peer = node.with_peer()
+    node.probe_fate = Fate(held_by=threading.Event())
+    for measure_id in range(MAX_MEASURES + 1):
+        node.do(measure(measure_id, peer, limit_us=0))
+    node.now_us += 1
+    node.poll()
+    outcomes = [ended.outcome for ended in node.take(MeasureEnded)]
+    assert outcomes == [Outcome.SKIPPED, *[Outcome.LATE] * MAX_MEASURES]
+
+
+def test_one_that_can_not_be_started_says_why() -> None:
+    node = Node(scratch_pages=1)
+    peer = node.with_peer()
+    stranger = Peer(node.network, "stranger")
+    node.do(measure(1, stranger))
+    node.do(measure(2, peer, 8192))
+    node.probe_fate = Fate(refusal="it is dead")
+    node.do(measure(3, peer))
+    node.probe_fate = Fate(outcome=ReadOutcome.FAILED)
+    node.do(measure(4, peer))
+    node.poll()
+    ended = {ended.measure_id: ended for ended in node.take(MeasureEnded)}
+    assert {n: e.outcome for n, e in ended.items()} == {
+        1: Outcome.NOT_CONNECTED,
+        2: Outcome.SKIPPED,
+        3: Outcome.FAILED,
+        4: Outcome.FAILED,
+    }
+    assert all(e.reason for e in ended.values())
+    assert node.scratch.free_count == 1
+
+
+def test_one_goes_on_with_the_old_link_when_a_new_one_is_opened() -> None:
+    node = Node()
+    peer = node.with_peer()
+    held_by = threading.Event()
+    node.probe_fate = Fate(held_by=held_by)
+    node.do(measure(1, peer))
+    node.open()
+    held_by.set()
+    node.poll()
+    assert [ended.outcome for ended in node.take(MeasureEnded)] == [Outcome.MEASURED]
+    assert node.links[0].metadata not in node.network.links
 
 
 # -- peers --------------------------------------------------------------------------------------
