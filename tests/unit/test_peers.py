@@ -524,6 +524,18 @@ def test_a_late_one_is_told_once_and_keeps_its_rows_until_it_has_ended() -> None
     assert node.scratch.free_count == 2
 
 
+def test_one_that_is_slow_holds_up_no_other_read() -> None:
+    node = Node()
+    peer = node.with_peer()
+    node.probe_fate = Fate(held_by=threading.Event())
+    node.do(measure(1, peer, 8192))
+    node.do(with_headers(payload(1, peer, (8192, 65536, 4096)), 5))
+    node.poll(2)
+    ended = node.take_end()
+    assert (ended.ending, ended.headers["generation"].tolist()) == (Ending.DONE, [5])
+    assert node.loop.in_flight == 1
+
+
 def test_late_ones_are_few() -> None:
     node = Node(scratch_pages=8)
     peer = node.with_peer()
