@@ -293,16 +293,23 @@ def doctor(
         bool,
         typer.Option("--rdma", help="Insist: where two hosts have RDMA devices, bytes use them."),
     ] = False,
+    measure: Annotated[
+        bool, typer.Option(help="Read 80 MiB over each link, to time it and to see its way.")
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
     """Check what sharing needs, measure the links between the nodes, and say between which engines
     kvray will share, or why not.
     """
     with explained():
+        if rdma and not measure:
+            raise ConfigError("--rdma asks what --no-measure leaves out: take one of them")
         cluster = connected(cluster_name)
         seen = cluster.status()
-        with err.status("measuring links") as line:
-            links = cluster.measure_links(line.update)
+        links: list[LinkMeasurement] = []
+        if measure:
+            with err.status("measuring links") as line:
+                links = cluster.measure_links(line.update)
         findings, said = diagnose(seen, links, wants_rdma=rdma), verdict(seen)
         is_ill = any(finding.grade is Grade.BAD for finding in findings)
         if as_json:

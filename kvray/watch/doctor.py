@@ -110,6 +110,14 @@ def differing(one: Engine, other: Engine) -> dict[str, tuple[str, str]]:
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
+# What to do about a field of the namespace, where that is not said by its name.
+ADVICE = {
+    "hash_seed": "Start both with the same PYTHONHASHSEED. ",
+    "blocks_per_chunk": "Give both the same chunk_tokens. ",
+    "tokens_per_hash": "Give both the same block_size. ",
+}
+
+
 # -- checks -------------------------------------------------------------------------------------
 
 
@@ -303,7 +311,7 @@ def _check_engines(engines: Sequence[Engine]) -> Iterable[Finding]:
     for one, other in _pairs_of_a_model(engines):
         fields = differing(one, other)
         said = "; ".join(f"{name}: {a} and {b}" for name, (a, b) in fields.items()) or "weights"
-        advice = "Start both with the same PYTHONHASHSEED. " if "hash_seed" in fields else ""
+        advice = "".join(ADVICE[name] for name in fields if name in ADVICE)
         yield Finding(
             Grade.BAD,
             "namespaces",

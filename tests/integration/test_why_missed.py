@@ -197,12 +197,29 @@ def test_status_says_what_the_engines_have_said(
     assert not [f for f in diagnose(status) if f.grade is Grade.BAD]
 
 
+@pytest.mark.parametrize(
+    ("seed", "settings", "field", "advice"),
+    [
+        ("1", {}, "hash_seed", "PYTHONHASHSEED"),
+        ("0", {"chunk_tokens": 2 * CHUNK_TOKENS}, "blocks_per_chunk", "chunk_tokens"),
+    ],
+    ids=["hash seed", "chunk size"],
+)
 def test_namespace_differs_and_the_doctor_names_the_field(
-    nodes: Nodes, engines: tuple[Engine, Engine], engine_factory: EngineFactory
+    nodes: Nodes,
+    engines: tuple[Engine, Engine],
+    engine_factory: EngineFactory,
+    *,
+    seed: str,
+    settings: dict[str, Any],
+    field: str,
+    advice: str,
 ) -> None:
     a, _ = engines
     other = engine_factory(
-        tiny(), kv_transfer_config=nodes.transfer(1), environment={"PYTHONHASHSEED": "1"}
+        tiny(),
+        kv_transfer_config=nodes.transfer(1, **settings),
+        environment={"PYTHONHASHSEED": seed},
     ).ready()
     prompt = computed(a, nodes, 0, seed=7)
     wait_until(
@@ -212,11 +229,13 @@ def test_namespace_differs_and_the_doctor_names_the_field(
         lambda: MissReason.NAMESPACE_DIFFERS in ask(other, prompt_of(TOKENS, seed=8)).reasons,
         what="word of it at the node",
     )
-    assert ask(other, prompt).reasons[MissReason.NAMESPACE_DIFFERS] == full_chunks(TOKENS)
+    whole_chunks = TOKENS // settings.get("chunk_tokens", CHUNK_TOKENS)
+    differs = whole_chunks * settings.get("chunk_tokens", CHUNK_TOKENS)
+    assert ask(other, prompt).reasons[MissReason.NAMESPACE_DIFFERS] == differs
     bad = [f.text for f in diagnose(nodes.cluster.status()) if f.grade is Grade.BAD]
     assert len(bad) == 1
-    assert "hash_seed" in bad[0]
-    assert "PYTHONHASHSEED" in bad[0]
+    assert field in bad[0]
+    assert advice in bad[0]
 
 
 def test_peer_gone(nodes: Nodes, engines: tuple[Engine, Engine]) -> None:
