@@ -267,6 +267,7 @@ class KVRayConnector(OffloadingConnector):
         meta = connector_output.kv_connector_worker_meta
         if not isinstance(meta, KVRayWorkerMetadata):
             return []
+        self.lookups.note_copies(meta.copies)
         return self._ledger.report(meta.completed_jobs, meta.failed_jobs)
 
     @guarded(nothing)
@@ -383,4 +384,8 @@ class KVRayConnector(OffloadingConnector):
         meta = super().build_connector_worker_meta()
         if meta is None or self.connector_worker is None:
             return meta
-        return KVRayWorkerMetadata.wrap(meta, self.transfers.take_failed_jobs())
+        return KVRayWorkerMetadata.wrap(
+            meta,
+            failed_jobs=self.transfers.take_failed_jobs(),
+            copies=self.transfers.take_copies(),
+        )

@@ -388,6 +388,11 @@ class Lookups(OffloadingManager):
             self.counters["failed_stores"] += 1
             self._client.abandon(SlabId(spec.slab_id), spec.places())
 
+    def note_copies(self, copies: Mapping[str, int]) -> None:
+        """How long copies of the ranks took, by the names of the counters."""
+        for name, count in copies.items():
+            self.counters[name] = self.counters.get(name, 0) + count
+
     # ---- the end of a step, of a request, of the weights
 
     def scheduled(self, req_ids: Iterable[str]) -> None:
@@ -436,6 +441,11 @@ class Lookups(OffloadingManager):
             if not view.loading:
                 self._release(req_id, view)
         logger.info("kvray: weights change, namespace is %s from now on", self.namespace.hex())
+
+    @guarded(nothing)
+    def shutdown(self) -> None:
+        """The engine ends, or is given back: what its last requests have stored is still said."""
+        self._report()
 
     def _end_hold(self, view: RequestView) -> None:
         """The request waits for kvray no more: each of its keys is a hit or a miss."""
