@@ -304,8 +304,16 @@ class KVRayConnector(OffloadingConnector):
 
     def get_kv_connector_stats(self) -> Any:
         # vLLM's loggers assert that an engine with connector statistics had a connector from its
-        # construction; an attached one reports through stats() instead.
-        return None if self._attached else super().get_kv_connector_stats()
+        # construction; an attached one reports through stats() instead. They are taken all the
+        # same, since vLLM's scheduler half keeps a number of each look-up until they are.
+        found = super().get_kv_connector_stats()
+        return None if self._attached else found
+
+    @classmethod
+    def build_prom_metrics(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        # In the frontend of an engine, where no connector is made that would have named it.
+        support.name_spec(vllm_config)
+        return super().build_prom_metrics(vllm_config, *args, **kwargs)
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         super().bind_gpu_block_pool(gpu_block_pool)

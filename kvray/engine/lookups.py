@@ -21,6 +21,9 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
+    OffloadingConnectorStats,
+)
 from vllm.v1.kv_offload.base import (
     LoadStoreSpec,
     LookupResult,
@@ -38,7 +41,7 @@ from kvray.core.ids import BlockKey, Namespace, SlabId
 from kvray.core.keys import block_keys
 from kvray.core.messages import Grant, KeyState
 from kvray.core.reasons import MissReason
-from kvray.engine import versions
+from kvray.engine import metrics, versions
 from kvray.engine.guard import guarded, nothing
 from kvray.engine.jobs import SlotSpec
 from kvray.engine.namespace import digest, renewed
@@ -324,6 +327,12 @@ class Lookups(OffloadingManager):
         """To the NodeStore, which adds up what its engines say."""
         if self._client.session is not None and (grown := self._tokens.take_grown()):
             self._client.report(grown)
+
+    @guarded(nothing)
+    def get_stats(self) -> OffloadingConnectorStats | None:
+        """For vLLM's own metrics, in every step: tokens since the last one."""
+        fresh = self._tokens.take_fresh()
+        return metrics.stats_of(fresh) if fresh else None
 
     def view_of(self, req_id: str) -> RequestView | None:
         return self._requests.get(req_id)

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.engine]
 FAST, SLOW = copy_counter("load", 2), copy_counter("load", 90)
 
 
-def report(job_id: int, *, failed: bool = False, **copies: int) -> KVRayWorkerMetadata:
+def report(job_id: int, copies: dict[str, int], *, failed: bool = False) -> KVRayWorkerMetadata:
     meta = OffloadingWorkerMetadata()
     meta.mark_completed(job_id)
     meta.transfer_stats.load.record(1_000, 0.002)
@@ -24,7 +24,7 @@ def report(job_id: int, *, failed: bool = False, **copies: int) -> KVRayWorkerMe
 
 
 def test_reports_of_two_ranks_are_one() -> None:
-    both = report(7, **{FAST: 1}).aggregate(report(7, failed=True, **{FAST: 2, SLOW: 1}))
+    both = report(7, {FAST: 1}).aggregate(report(7, {FAST: 2, SLOW: 1}, failed=True))
     assert isinstance(both, KVRayWorkerMetadata)
     assert both.completed_jobs == {7: 2}
     assert both.failed_jobs == {7}
