@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvray import cluster as _cluster
 from kvray.config import Config
+from kvray.core.durations import COPY_DIRECTIONS, VALUES_MS, copy_counts
 from kvray.core.reasons import tokens_by_reason, tokens_by_source
 from kvray.errors import ConfigError, NotAttachedError
 
@@ -48,6 +49,22 @@ class AttachmentStats:
     def miss_tokens(self) -> dict[str, int]:
         """The computed ones by kvray.MissReason, those that there are."""
         return tokens_by_reason([self.counters])
+
+    @property
+    def copy_ms(self) -> dict[str, dict[int, int]]:
+        """How often a rank's copy took how many ms: "load" (slab to device) and "store", each
+        {ms: copies}. ms is rounded up to the bound of a bucket; 10,000 stands for more than 5,000.
+        """
+        return {
+            direction: {
+                value_ms: count
+                for value_ms, count in zip(
+                    VALUES_MS, copy_counts(self.counters, direction), strict=True
+                )
+                if count
+            }
+            for direction in COPY_DIRECTIONS
+        }
 
     def to_frame(self) -> "pd.DataFrame":
         """One row a counter: name, value."""

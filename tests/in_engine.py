@@ -318,6 +318,31 @@ def _if_rank(worker: Any, rank: int, function: str) -> None:
         globals()[function](worker)
 
 
+# ---- what vLLM itself shows
+
+
+def vllm_metrics(llm: Any) -> dict[str, dict[str, float]]:
+    """kvray's counters among vLLM's Prometheus metrics, as llm.get_metrics() has them: for each
+    name, by the value of its label.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for metric in llm.get_metrics():
+        if "kvray" in metric.name:
+            values = [metric.labels[name] for name in ("source", "reason") if name in metric.labels]
+            found.setdefault(metric.name, {})["".join(values)] = metric.value
+    return found
+
+
+def log_stats(llm: Any) -> None:
+    """vLLM writes its periodic lines now."""
+    llm.llm_engine.do_log_stats()
+
+
+def unsaid_stats(llm: Any) -> list[str]:
+    """What vLLM's half of the connector has counted and nobody has taken."""
+    return sorted(connector_of(llm).connector_scheduler._connector_stats.data["data"])
+
+
 # ---- who calls Ray
 
 

@@ -93,10 +93,19 @@ class Nodes:
 
 @contextmanager
 def running_nodes(
-    count: int = 2, *, slab_bytes: int = SLAB_BYTES, extent_bytes: int = EXTENT_BYTES
+    count: int = 2,
+    *,
+    slab_bytes: int = SLAB_BYTES,
+    extent_bytes: int = EXTENT_BYTES,
+    tracing_startup_hook: str | None = None,
 ) -> Iterator[Nodes]:
-    """A cluster of `count` nodes with a NodeStore on each; all of it is gone afterwards."""
-    ray_cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    """A cluster of `count` nodes with a NodeStore on each; all of it is gone afterwards.
+    tracing_startup_hook: as of `ray start`; this process is traced then, too, until it ends.
+    """
+    ray_cluster = RayCluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 2, "tracing_startup_hook": tracing_startup_hook},
+    )
     try:
         for _ in range(count - 1):
             ray_cluster.add_node(num_cpus=2)

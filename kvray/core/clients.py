@@ -29,7 +29,7 @@ from kvray.core.messages import EngineUse, Hello
 # that does not is hung or detached badly: its pins must not keep blocks for as long as it lives.
 SESSION_GRACE_MS = 30_000
 NO_NAMESPACE = Namespace(b"")
-MAX_COUNTER_NAMES = 64  # kept of an engine's reports; it sends a dozen
+MAX_COUNTER_NAMES = 128  # kept of an engine's reports; it has 60, half of them for durations
 
 
 class ClientState(Enum):

@@ -267,6 +267,7 @@ class KVRayConnector(OffloadingConnector):
         meta = connector_output.kv_connector_worker_meta
         if not isinstance(meta, KVRayWorkerMetadata):
             return []
+        self.lookups.note_copies(meta.copies)
         return self._ledger.report(meta.completed_jobs, meta.failed_jobs)
 
     @guarded(nothing)
@@ -303,8 +304,16 @@ class KVRayConnector(OffloadingConnector):
 
     def get_kv_connector_stats(self) -> Any:
         # vLLM's loggers assert that an engine with connector statistics had a connector from its
-        # construction; an attached one reports through stats() instead.
-        return None if self._attached else super().get_kv_connector_stats()
+        # construction; an attached one reports through stats() instead. They are taken all the
+        # same, since vLLM's scheduler half keeps a number of each look-up until they are.
+        found = super().get_kv_connector_stats()
+        return None if self._attached else found
+
+    @classmethod
+    def build_prom_metrics(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        # In the frontend of an engine, where no connector is made that would have named it.
+        support.name_spec(vllm_config)
+        return super().build_prom_metrics(vllm_config, *args, **kwargs)
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         super().bind_gpu_block_pool(gpu_block_pool)
@@ -383,4 +392,8 @@ class KVRayConnector(OffloadingConnector):
         meta = super().build_connector_worker_meta()
         if meta is None or self.connector_worker is None:
             return meta
-        return KVRayWorkerMetadata.wrap(meta, self.transfers.take_failed_jobs())
+        return KVRayWorkerMetadata.wrap(
+            meta,
+            failed_jobs=self.transfers.take_failed_jobs(),
+            copies=self.transfers.take_copies(),
+        )

@@ -2,11 +2,12 @@
 
 EngineCore ──▶ workers   SlotSpec: the slots that a job reads or writes
                          KVRayConnectorMetadata: the step's jobs, and which are void
-workers ──▶ EngineCore   KVRayWorkerMetadata: ended jobs, and which of them failed
+workers ──▶ EngineCore   KVRayWorkerMetadata: ended jobs, which of them failed, how long they took
                          RankHandshake: what one rank's part of a chunk looks like, once
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -96,22 +97,34 @@ class KVRayConnectorMetadata(OffloadingConnectorMetadata):
 @dataclass
 class KVRayWorkerMetadata(OffloadingWorkerMetadata):
     """failed_jobs: jobs among completed_jobs whose copy failed on at least one of the ranks that
-    this message speaks for.
+    this message speaks for. copies: how often a rank's copy took how long, by the name of the
+    counter (core.durations.copy_counter).
     """
 
     failed_jobs: set[int] = field(default_factory=set)
+    copies: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def wrap(cls, meta: OffloadingWorkerMetadata, failed_jobs: set[int]) -> "KVRayWorkerMetadata":
+    def wrap(
+        cls,
+        meta: OffloadingWorkerMetadata,
+        *,
+        failed_jobs: set[int],
+        copies: Mapping[str, int],
+    ) -> "KVRayWorkerMetadata":
         known = {f.name: getattr(meta, f.name) for f in fields(OffloadingWorkerMetadata)}
-        return cls(**known, failed_jobs=failed_jobs)
+        return cls(**known, failed_jobs=failed_jobs, copies=dict(copies))
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        """Join the reports of two ranks. vLLM's own version would drop failed_jobs."""
+        """Join the reports of two ranks. vLLM's own version would drop what is kvray's."""
         assert isinstance(other, KVRayWorkerMetadata)
         merged = super().aggregate(other)
         assert isinstance(merged, OffloadingWorkerMetadata)
-        return KVRayWorkerMetadata.wrap(merged, self.failed_jobs | other.failed_jobs)
+        return KVRayWorkerMetadata.wrap(
+            merged,
+            failed_jobs=self.failed_jobs | other.failed_jobs,
+            copies=Counter(self.copies) + Counter(other.copies),
+        )
 
 
 @dataclass

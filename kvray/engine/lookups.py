@@ -21,6 +21,9 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
+    OffloadingConnectorStats,
+)
 from vllm.v1.kv_offload.base import (
     LoadStoreSpec,
     LookupResult,
@@ -38,7 +41,7 @@ from kvray.core.ids import BlockKey, Namespace, SlabId
 from kvray.core.keys import block_keys
 from kvray.core.messages import Grant, KeyState
 from kvray.core.reasons import MissReason
-from kvray.engine import versions
+from kvray.engine import metrics, versions
 from kvray.engine.guard import guarded, nothing
 from kvray.engine.jobs import SlotSpec
 from kvray.engine.namespace import digest, renewed
@@ -325,6 +328,12 @@ class Lookups(OffloadingManager):
         if self._client.session is not None and (grown := self._tokens.take_grown()):
             self._client.report(grown)
 
+    @guarded(nothing)
+    def get_stats(self) -> OffloadingConnectorStats | None:
+        """For vLLM's own metrics, in every step: tokens since the last one."""
+        fresh = self._tokens.take_fresh()
+        return metrics.stats_of(fresh) if fresh else None
+
     def view_of(self, req_id: str) -> RequestView | None:
         return self._requests.get(req_id)
 
@@ -388,6 +397,11 @@ class Lookups(OffloadingManager):
             self.counters["failed_stores"] += 1
             self._client.abandon(SlabId(spec.slab_id), spec.places())
 
+    def note_copies(self, copies: Mapping[str, int]) -> None:
+        """How long copies of the ranks took, by the names of the counters."""
+        for name, count in copies.items():
+            self.counters[name] = self.counters.get(name, 0) + count
+
     # ---- the end of a step, of a request, of the weights
 
     def scheduled(self, req_ids: Iterable[str]) -> None:
@@ -436,6 +450,11 @@ class Lookups(OffloadingManager):
             if not view.loading:
                 self._release(req_id, view)
         logger.info("kvray: weights change, namespace is %s from now on", self.namespace.hex())
+
+    @guarded(nothing)
+    def shutdown(self) -> None:
+        """The engine ends, or is given back: what its last requests have stored is still said."""
+        self._report()
 
     def _end_hold(self, view: RequestView) -> None:
         """The request waits for kvray no more: each of its keys is a hit or a miss."""

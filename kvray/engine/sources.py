@@ -41,6 +41,7 @@ class TokenCounts:
         self._counters = counters
         self._chunk_tokens = chunk_tokens
         self._said: dict[str, int] = {}
+        self._fresh: dict[str, int] = {}
         hits = [HIT_PREFIX + source for source in HIT_SOURCES]
         counters |= dict.fromkeys((*hits, COMPUTED), 0)
 
@@ -58,15 +59,15 @@ class TokenCounts:
         had_tokens = min(prompt_tokens, prompt.device_tokens + external_tokens)
         full_tokens = prompt_tokens // self._chunk_tokens * self._chunk_tokens
         tail_tokens = prompt_tokens - max(full_tokens, had_tokens)
-        self._counters["hit_tokens_device"] += had_tokens - external_tokens
+        self._add("hit_tokens_device", had_tokens - external_tokens)
         self._compute(prompt_tokens - had_tokens - tail_tokens, reason)
         self._compute(tail_tokens, MissReason.TAIL)
 
     def load_ended(self, prompt: Prompt, failed: MissReason | None) -> None:
         """failed: why, if it did."""
         if failed is None:
-            self._counters["hit_tokens_local"] += prompt.local_tokens
-            self._counters["hit_tokens_peer"] += prompt.peer_tokens
+            self._add("hit_tokens_local", prompt.local_tokens)
+            self._add("hit_tokens_peer", prompt.peer_tokens)
         else:
             self._compute(prompt.loading_tokens, failed)
         prompt.local_tokens = prompt.peer_tokens = 0
@@ -82,11 +83,23 @@ class TokenCounts:
             self._said[name] = self._counters[name]
         return grown
 
+    def take_fresh(self) -> dict[str, int]:
+        """Tokens that have been counted since the last call, by the counter's name. Asked in every
+        step, so nothing is compared for it.
+        """
+        if not self._fresh:
+            return {}
+        fresh, self._fresh = self._fresh, {}
+        return fresh
+
     def _compute(self, tokens: int, reason: MissReason) -> None:
+        self._add(MISS_PREFIX + reason, tokens)
+        self._add(COMPUTED, tokens)
+
+    def _add(self, name: str, tokens: int) -> None:
         if tokens > 0:
-            name = MISS_PREFIX + reason
             self._counters[name] = self._counters.get(name, 0) + tokens
-            self._counters[COMPUTED] += tokens
+            self._fresh[name] = self._fresh.get(name, 0) + tokens
 
 
 def cause_of(ticket: Ticket) -> MissReason:

@@ -5,10 +5,17 @@ vLLM makes it by name, with its own OffloadingConfig, once in EngineCore and onc
 
 import hashlib
 import os
+from typing import Any
 
-from vllm.v1.kv_offload.base import CanonicalKVCaches, OffloadingManager, OffloadingSpec
+from vllm.v1.kv_offload.base import (
+    CanonicalKVCaches,
+    OffloadingManager,
+    OffloadingMetricMetadata,
+    OffloadingSpec,
+)
 
 from kvray.config import EngineConfig, find_sockets
+from kvray.engine import metrics
 from kvray.engine.discovery import socket_finder
 from kvray.engine.lookups import Lookups
 from kvray.engine.transfers import Transfers, group_pages
@@ -32,6 +39,14 @@ def engine_nonce(engine_id: str) -> int:
 
 class KVRaySpec(OffloadingSpec):
     """See vLLM's OffloadingSpec."""
+
+    @classmethod
+    def build_metric_definitions(
+        cls, extra_config: dict[str, Any]
+    ) -> dict[str, OffloadingMetricMetadata]:
+        """What Lookups.get_stats may name. Asked in the engine's frontend."""
+        del extra_config
+        return metrics.definitions()
 
     def get_manager(self) -> OffloadingManager:
         return Lookups(

@@ -58,9 +58,8 @@ def prepare_settings(vllm_config: Any, kv_cache_config: Any) -> None:
     transfer = vllm_config.kv_transfer_config
     config = engine_config(vllm_config)
     transfer.kv_load_failure_policy = "recompute"
+    name_spec(vllm_config)
     extra = transfer.kv_connector_extra_config
-    extra["spec_name"] = "KVRaySpec"
-    extra["spec_module_path"] = "kvray.engine.spec"
     # The next turn of a conversation contains the answer; vLLM stores prompts only by default.
     extra["offload_prompt_only"] = not config.store_answers
     if "block_size" in extra or "blocks_per_chunk" in extra:
@@ -72,6 +71,13 @@ def prepare_settings(vllm_config: Any, kv_cache_config: Any) -> None:
         block_tokens = kv_cache_config.kv_cache_groups[groups[0]].kv_cache_spec.block_size
         chunk_tokens = config.chunk_tokens or CHUNK_TOKENS
         extra["blocks_per_chunk"] = max(1, chunk_tokens // block_tokens)
+
+
+def name_spec(vllm_config: Any) -> None:
+    """Where vLLM finds KVRaySpec."""
+    extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+    extra["spec_name"] = "KVRaySpec"
+    extra["spec_module_path"] = "kvray.engine.spec"
 
 
 def runs_uncached(kv_cache_config: Any) -> str | None:

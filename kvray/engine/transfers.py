@@ -12,6 +12,7 @@ metadata.
 import logging
 import socket
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from vllm.v1.kv_offload.base import (
     TransferResult,
 )
 
+from kvray.core.durations import copy_counter
 from kvray.engine.arrivals import Arrivals
 from kvray.engine.copier import (
     CpuExecutor,
@@ -90,6 +92,7 @@ class Transfers(OffloadingWorker):
         self._refused: list[int] = []  # jobs that could not even begin
         self.failed_since_report: set[int] = set()
         self._failed_blocks: set[int] = set()
+        self._copies: Counter[str] = Counter()
 
     def handshake(self) -> RankHandshake:
         return RankHandshake(
@@ -176,7 +179,10 @@ class Transfers(OffloadingWorker):
         if load is not None and (not ok or job_id < self._void_before):
             self._failed_blocks.update(load[0].block_ids.tolist())
             ok = False
-        if not ok:
+        if ok:
+            direction = "store" if load is None else "load"
+            self._copies[copy_counter(direction, round(seconds * 1_000))] += 1
+        else:
             self.failed_since_report.add(job_id)
         return TransferResult(
             job_id, success=True, transfer_size=copied_bytes, transfer_time=seconds
@@ -191,6 +197,11 @@ class Transfers(OffloadingWorker):
     def take_failed_jobs(self) -> set[int]:
         failed, self.failed_since_report = self.failed_since_report, set()
         return failed
+
+    def take_copies(self) -> Counter[str]:
+        """How often a copy that was good took how long, since the last call."""
+        copies, self._copies = self._copies, Counter()
+        return copies
 
     def take_failed_blocks(self) -> set[int]:
         """Device blocks that failed loads should have filled, since the last call."""

@@ -46,6 +46,7 @@ from kvray.node.server import LocalServer
 from kvray.node.serving import Serving, clock_ms
 from kvray.node.slab import SlabOwner
 from kvray.node.slab_file import runtime_directory
+from kvray.node.spans import open_spans
 
 logger = logging.getLogger("kvray.node")
 
@@ -74,6 +75,7 @@ class NodeLoop(threading.Thread):
         self._served_after_ms: int | None = None
         self._stopping = threading.Event()
         self._inbox = Inbox()
+        self._spans = open_spans(node_id)
         self._stage = Phase.OPENING  # but for what `phase` says while there is a Serving
         self._problem: KVRayError | None = None
         self._cleared_bytes = self._slab_bytes = 0  # while a new slab is being cleared
@@ -170,6 +172,8 @@ class NodeLoop(threading.Thread):
                     if not self._stopping.is_set():
                         self._fail(exc)
                         self._stopping.wait(RETRY_S)
+            if self._spans is not None:
+                self._spans.close()
             self._stage = Phase.STOPPED
 
     def _fail(self, error: KVRayError) -> None:
@@ -236,6 +240,7 @@ class NodeLoop(threading.Thread):
             open_link=lambda new_epoch: link.open(self._link_maker(new_epoch)),
             born_ms=born_ms,
             wall_clock_offset_ms=born_wall_clock_ms - born_ms,
+            spans=self._spans,
         )
         self._serving = serving
         self._served_after_ms = int((time.monotonic() - self._born_s) * 1_000)

@@ -3,8 +3,8 @@
     core's counters ──snapshot, every PERIOD_S──▶ Meters ──what has grown──▶ ray.util.metrics
 
 Names, units and tags are METRICS; docs/seeing.md has the same table. Tags are few: the node, and a
-source or a reason. Nothing is measured for this: it is what the core counts anyway, so metrics cost
-nothing where something is decided.
+source, a reason or a direction. Nothing is measured for this: it is what the core counts anyway, so
+metrics cost nothing where something is decided.
 """
 
 import threading
@@ -16,7 +16,7 @@ from typing import Any
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from kvray.config import NODE_NAME_CHARS
-from kvray.core.durations import BOUNDS_MS
+from kvray.core.durations import BOUNDS_MS, COPY_DIRECTIONS, VALUES_MS, copy_counts
 from kvray.core.reasons import tokens_by_reason, tokens_by_source
 from kvray.errors import NodeLostError
 
@@ -55,6 +55,7 @@ METRICS = (
     Metric("kvray_lookup_ms", Kind.HISTOGRAM, "ms", "from a look-up to its last answer"),
     Metric("kvray_locate_ms", Kind.HISTOGRAM, "ms", "a call to the directory"),
     Metric("kvray_read_ms", Kind.HISTOGRAM, "ms", "a read of a batch of blocks from a peer"),
+    Metric("kvray_copy_ms", Kind.HISTOGRAM, "ms", "a copy between slab and device", "direction"),
 )
 
 
@@ -86,6 +87,9 @@ class Meters:
         self._observe("kvray_lookup_ms", status["lookups"]["durations"])
         self._observe("kvray_locate_ms", fetch["locate_durations"])
         self._observe("kvray_read_ms", fetch["read_durations"])
+        for direction in COPY_DIRECTIONS:
+            counts = copy_counts(status["engine_totals"], direction)
+            self._observe("kvray_copy_ms", counts, direction=direction)
 
     def _gauge(self, name: str, value: int) -> None:
         self._meters[name].set(value, tags={"node": self._node})
@@ -95,13 +99,11 @@ class Meters:
         if grown > 0:
             self._meters[name].inc(grown, tags={"node": self._node, **tag})
 
-    def _observe(self, name: str, counts: list[int]) -> None:
-        """A value within each bucket stands for all that fell into it."""
-        for bucket, count in enumerate(counts):
-            grown = self._grown(name, str(bucket), count)
-            value = BOUNDS_MS[bucket] if bucket < len(BOUNDS_MS) else 2 * BOUNDS_MS[-1]
+    def _observe(self, name: str, counts: list[int], **tag: str) -> None:
+        for value_ms, count in zip(VALUES_MS, counts, strict=True):
+            grown = self._grown(name, f"{''.join(tag.values())} {value_ms}", count)
             for _ in range(min(grown, MAX_OBSERVED)):
-                self._meters[name].observe(value, tags={"node": self._node})
+                self._meters[name].observe(value_ms, tags={"node": self._node, **tag})
 
     def _grown(self, name: str, part: str, value: int) -> int:
         grown = value - self._said.get((name, part), 0)

@@ -68,6 +68,7 @@ from kvray.node.peers import (
 from kvray.node.process import open_pidfd
 from kvray.node.server import LocalServer, MessageReceived, ServerEvent, SessionClosed, SessionId
 from kvray.node.slab import SlabOwner
+from kvray.node.spans import Spans
 
 logger = logging.getLogger("kvray.node")
 
@@ -95,7 +96,7 @@ class Serving:
     served before there is a link, since loading NIXL takes a second or two.
 
     open_link: asks the link thread for a new agent, named after an epoch. born_ms: when the epoch
-    of info was taken, which is what the directory judges it by.
+    of info was taken, which is what the directory judges it by. spans: where reads are traced.
     """
 
     def __init__(
@@ -111,8 +112,10 @@ class Serving:
         open_link: Callable[[Epoch], None],
         born_ms: int,
         wall_clock_offset_ms: int,
+        spans: Spans | None = None,
     ) -> None:
         self._slab = slab
+        self._spans = spans
         self._store = store
         self._link = link
         self._control = control
@@ -279,6 +282,8 @@ class Serving:
     def _on_read_ended(self, event: ReadEnded, now_ms: int) -> None:
         if event.ending is not Ending.DONE:
             logger.debug("a read ended as %s: %s", event.ending.value, event.reason)
+        if self._spans is not None:
+            self._spans.end(event.read_id, event.ending.value, event.reason)
         if len(event.headers):
             self._do(self._core.on_headers(event.read_id, event.headers, now_ms))
         else:
@@ -372,6 +377,8 @@ class Serving:
 
     def _post_read(self, post: PostRead) -> None:
         self._wake(post.node_id)
+        if self._spans is not None:
+            self._spans.begin(post)
         self._link.submit(post)
 
     def _wake(self, node_id: NodeId) -> None:
@@ -386,6 +393,8 @@ class Serving:
         self._link.submit(read)
 
     def _abandon_read(self, abandon: AbandonRead) -> None:
+        if self._spans is not None:
+            self._spans.end(abandon.read_id, "abandoned")
         self._link.submit(abandon)
 
     def _take_epoch(self, new: TakeEpoch) -> None:

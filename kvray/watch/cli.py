@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvray import cluster as kvray_cluster
-from kvray.cluster import Cluster
+from kvray.cluster import Cluster, LinkMeasurement
 from kvray.errors import ConfigError, KVRayError, NodeLostError
 from kvray.watch import local_ray
 from kvray.watch.bench import run_benchmarks
@@ -306,7 +306,7 @@ def doctor(
             raise ConfigError("--rdma asks what --no-measure leaves out: take one of them")
         cluster = connected(cluster_name)
         seen = cluster.status()
-        links: list[LinkMeasurement] = []
+        links: tuple[LinkMeasurement, ...] = ()
         if measure:
             with err.status("measuring links") as line:
                 links = cluster.measure_links(line.update)

@@ -56,6 +56,12 @@ PANELS = (
         "histogram_quantile(0.99, sum by (le) (rate(ray_kvray_read_ms_bucket[5m])))",
         "read",
     ),
+    (
+        "Copies between slab and device: 99th percentile",
+        "ms",
+        "histogram_quantile(0.99, sum by (le, direction) (rate(ray_kvray_copy_ms_bucket[5m])))",
+        "{{direction}}",
+    ),
     ("Attached engines", "short", "sum by (node) (ray_kvray_engines)", "{{node}}"),
     ("Connected peers", "short", "sum by (node) (ray_kvray_peers)", "{{node}}"),
 )

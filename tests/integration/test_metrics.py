@@ -14,6 +14,7 @@ import pytest
 import ray
 
 from kvray.config import NODE_NAME_CHARS
+from kvray.core.durations import copy_counter
 from kvray.core.reasons import MissReason
 from kvray.node.meters import METRICS, Kind
 from kvray.watch.grafana import dashboard
@@ -43,7 +44,8 @@ def scraped(nodes: Nodes) -> dict[tuple[str, str], float]:
     for name, labels, value in SAMPLE.findall(text):
         tags = dict(re.findall(r'(\w+)="([^"]*)"', labels))
         assert tags["node"] == nodes.node_ids[0][:NODE_NAME_CHARS]
-        key = name.removesuffix("_total"), tags.get("source") or tags.get("reason") or ""
+        (tag,) = [tags[tag] for tag in ("source", "reason", "direction") if tag in tags] or [""]
+        key = name.removesuffix("_total"), tag
         found[key] = found.get(key, 0.0) + float(value)
     return found
 
@@ -58,6 +60,8 @@ def test_what_is_documented_is_scraped_and_agrees_with_status(nodes: Nodes) -> N
             "hit_tokens_local": 384,
             "computed_tokens": 16,
             f"miss_tokens_{MissReason.TAIL}": 16,
+            copy_counter("load", 4): 2,
+            copy_counter("store", 0): 3,
         }
     )
     assert client.client.drain(5.0)
@@ -67,6 +71,10 @@ def test_what_is_documented_is_scraped_and_agrees_with_status(nodes: Nodes) -> N
         ("kvray_prompt_tokens", "computed"): 16.0,
         ("kvray_computed_tokens", "tail"): 16.0,
         ("kvray_engines", ""): 1.0,
+        ("kvray_copy_ms_count", "load"): 2.0,
+        # Of the bucket for 5 ms and of each that is above it: eight, and the one without a bound.
+        ("kvray_copy_ms_bucket", "load"): 2.0 * 10,
+        ("kvray_copy_ms_count", "store"): 3.0,
     }
     wait_until(
         lambda: expected.items() <= scraped(nodes).items(),

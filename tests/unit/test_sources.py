@@ -105,6 +105,22 @@ def test_a_report_says_what_has_been_added_and_what_can_be_added_up() -> None:
     assert counted.counts.take_grown() == {"computed_tokens": 128, "miss_tokens_never_seen": 128}
 
 
+def test_what_vllm_is_told_in_each_step_is_what_came_since_the_last() -> None:
+    counted = Counted()
+    assert counted.counts.take_fresh() == {}
+    prompt = Prompt(device_tokens=128, peer_chunk_tokens=128)
+    counted.admit(prompt, 300, external_tokens=128)
+    assert counted.counts.take_fresh() == {
+        "hit_tokens_device": 128,
+        "computed_tokens": 44,
+        "miss_tokens_tail": 44,
+    }
+    counted.counts.load_ended(prompt, None)
+    assert counted.counts.take_fresh() == {"hit_tokens_peer": 128}
+    assert counted.counts.take_fresh() == {}
+    assert counted.counts.take_grown()["hit_tokens_device"] == 128, "its node is told by itself"
+
+
 def ticket() -> Ticket:
     return Ticket([BlockKey(bytes(16))] * 3, SlabId(bytes(16)))
 
