@@ -25,6 +25,7 @@ logger = logging.getLogger("kvray.node")
 # Of one take_over: a batch that a peer reads in a fraction of a second, also over 1 GbE.
 MAX_TAKE_OVER_KEYS = 256
 TAKE_OVER_DEADLINE_S = 5.0
+REPR_LIMIT_S = 1.0  # a slab that is adopted is open by then, and a new one of some gigabytes
 STOP_DEADLINE_S = 20.0  # threads end within 5 s each; unmapping a terabyte takes seconds
 
 
@@ -44,14 +45,15 @@ class NodeStore:
         from kvray.node.loop import NodeLoop
         from kvray.node.meters import MeterThread
 
-        self._name = f"NodeStore(node={node_id[:8]})"
+        self._node_id = node_id
         self._loop = NodeLoop(Config.parse(settings), NodeId(node_id))
         self._loop.start()
         self._meters = MeterThread(node_id, self._loop.status)
         self._meters.start()
 
     def __repr__(self) -> str:
-        return self._name
+        """Ray asks once, when this actor has been made, and shows that in its lists and logs."""
+        return f"NodeStore(node={self._node_id[:8]}, {self._loop.describe(REPR_LIMIT_S)})"
 
     def wake(self) -> None:
         """A peer is about to connect to us or to read from us: poll the link quickly."""

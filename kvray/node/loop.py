@@ -82,6 +82,7 @@ class NodeLoop(threading.Thread):
         self._left: list[str] = []
         self._link: LinkThread | None = None
         self._serving: Serving | None = None
+        self._began = threading.Event()  # to serve, or to fail
 
     @property
     def phase(self) -> Phase:
@@ -89,6 +90,14 @@ class NodeLoop(threading.Thread):
         if serving is None:
             return self._stage
         return Phase.SERVING if serving.is_linked else Phase.LINKING
+
+    def describe(self, limit_s: float) -> str:
+        """In a few words, for Ray's list of actors: what became of the start within limit_s."""
+        self._began.wait(limit_s)
+        serving = self._serving
+        if serving is None:
+            return self.phase.value
+        return f"epoch={serving.epoch}, slab={self._slab_bytes >> 20:,} MiB"
 
     def wake(self) -> None:
         """A peer is about to read from us."""
@@ -181,6 +190,7 @@ class NodeLoop(threading.Thread):
             logger.error("this NodeStore can not start, and tries again: %s", error)
         self._problem = error
         self._stage = Phase.FAILED
+        self._began.set()
 
     def _live(self) -> None:
         """From nothing to the end. Raises KVRayError if it can not serve."""
@@ -243,6 +253,7 @@ class NodeLoop(threading.Thread):
             spans=self._spans,
         )
         self._serving = serving
+        self._began.set()
         self._served_after_ms = int((time.monotonic() - self._born_s) * 1_000)
         logger.info(
             "node %s serves engines as epoch %d, %d ms after its start: %s",
