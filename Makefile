@@ -117,7 +117,7 @@ bench: system install
 
 pictures: system-test install
 	KVRAY_PICTURES=docs/pictures $(call pytest,$(VENV),$(TEST_LIMIT_S)) tests/integration/test_page_live.py \
-	    tests/integration/test_page_looks.py
+	    tests/integration/test_page_looks.py tests/integration/test_ray_dashboard.py
 
 lint: install
 	$(VENV)/bin/ruff check .

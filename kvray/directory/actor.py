@@ -78,9 +78,7 @@ class Directory:
         logger.info("directory of cluster %s: term %d", self._config.cluster_name, term)
 
     def __repr__(self) -> str:
-        with self._lock:
-            count = len(self._core.roster())
-        return f"Directory(cluster={self._config.cluster_name}, nodes={count})"
+        return f"Directory(cluster={self._config.cluster_name})"
 
     @contextmanager
     def _deciding(self) -> Iterator[DirectoryCore]:
