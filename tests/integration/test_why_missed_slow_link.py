@@ -1,0 +1,99 @@
+"""A slow link on the real parts: what does not come in time, and what is not worth fetching, is
+counted under its name.
+
+Method: two nodes in two network namespaces, joined by TCP that is slowed down; engine A on the far
+node computes, engine B on the near one asks. A Ray cluster of its own, so a module of its own.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+
+from benchmarks.fault_link import NAMESPACE, split_nodes
+from kvray.core.reasons import MissReason, tokens_by_reason
+from tests import in_engine
+from tests.conftest import EngineFactory
+from tests.engines import Engine
+from tests.models import tiny
+from tests.namespaces import Namespaces, NamespacesError, namespaces
+from tests.prompts import full_chunks, prompt_of
+from tests.ray_nodes import Nodes, wait_until
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(240)]
+
+TOKENS = 700  # five chunks of 1 MiB
+HOPELESS, SLOW = "8mbit", "100mbit"  # five seconds for such a prompt, and 0.4: it computes quicker
+DEADLINE_MS = 500  # of a request; a read that takes a second is a fault of the peer
+BREAK_EVEN_LIMIT_S = 60.0  # a peer that was late is avoided for a while
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[Namespaces]:
+    try:
+        with namespaces(NAMESPACE) as made:
+            yield made
+    except NamespacesError as exc:
+        pytest.skip(f"no network namespaces here: {exc}")
+
+
+@pytest.fixture(scope="module")
+def nodes(net: Namespaces, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    with split_nodes(net, tmp_path_factory.mktemp("split")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def engines(nodes: Nodes, shared_engine_factory: EngineFactory) -> tuple[Engine, Engine]:
+    seeded = {"PYTHONHASHSEED": "0"}
+    b, a = (
+        shared_engine_factory(
+            tiny(),
+            kv_transfer_config=nodes.transfer(index, lookup_deadline_ms=DEADLINE_MS),
+            environment=seeded,
+        )
+        for index in (0, 1)
+    )
+    return a.ready(), b.ready()
+
+
+def reasons_of(nodes: Nodes, engines: tuple[Engine, Engine], seed: int) -> dict[str, int]:
+    """Why B computed a prompt that A has."""
+    a, b = engines
+    prompt = prompt_of(TOKENS, seed=seed)
+    a.generate(prompt)
+    a.call(in_engine.settle)
+    nodes.wait_listed(nodes.keys(1))
+    before = b.call(in_engine.settle)["counters"]
+    b.generate(prompt)
+    after = b.call(in_engine.settle)["counters"]
+    grown = {name: count - before.get(name, 0) for name, count in after.items()}
+    return tokens_by_reason([grown])
+
+
+def test_what_does_not_come_in_time_and_what_is_not_worth_waiting_for(
+    nodes: Nodes, engines: tuple[Engine, Engine], net: Namespaces
+) -> None:
+    net.slow_down(NAMESPACE, HOPELESS)
+    late = reasons_of(nodes, engines, seed=1)
+    assert late.get(MissReason.DEADLINE, 0) > 0, late
+
+    net.slow_down(NAMESPACE, SLOW)
+    seeds = iter(range(2, 1_000))
+    seen: list[dict[str, int]] = []
+
+    def is_computed_by_choice() -> bool:
+        seen.append(reasons_of(nodes, engines, next(seeds)))
+        return seen[-1].get(MissReason.BELOW_BREAK_EVEN) == full_chunks(TOKENS)
+
+    wait_until(
+        is_computed_by_choice,
+        what="a prompt that is not worth fetching",
+        limit_s=BREAK_EVEN_LIMIT_S,
+    )
+    print(late, seen)  # noqa: T201 (for whoever runs this with -s)
+    told = nodes.cluster.status().miss_tokens
+    assert told["deadline"] > 0
+    wait_until(
+        lambda: nodes.cluster.status().miss_tokens.get("below_break_even", 0) > 0,
+        what="B's report",
+    )
