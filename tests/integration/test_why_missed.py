@@ -2,8 +2,9 @@
 name in attachment.stats(), in status, and in what `kvray status --json` and the doctor say.
 
 Method: two Ray nodes; engine A on the first computes, engine B on the second asks. The counters of
-B before and after say what became of one prompt. Reasons that need a race or a slow link are made
-to happen with the real cores in tests/unit/test_reasons.py.
+B before and after say what became of one prompt. Reasons that need a slow link are made to happen
+in test_why_missed_slow_link.py, those that need a race with the real cores in
+tests/unit/test_reasons.py.
 """
 
 import os
