@@ -21,11 +21,12 @@ RAY_LLM_LIMIT_S := 1200
 # Runs pytest so that no process outlives it, whatever happens in the tests.
 pytest = $(1)/bin/python -m tests.contained --limit-s $(2) -- $(1)/bin/python -m pytest
 
-.PHONY: help system system-test install install-ray-llm demo test test-slow test-all test-ray-llm \
-    sim mutants faults bench pictures lint format clean
+.PHONY: help system system-test install install-ray-llm demo demo-serve test test-slow test-all \
+    test-ray-llm sim mutants faults bench pictures lint format clean
 
 help:
 	@echo 'make demo          two nodes, two engines, one document (installs what it needs first)'
+	@echo 'make demo-serve    the same with two replicas of Ray Serve LLM, over HTTP'
 	@echo 'make test          unit, property, contract and integration tests, under 20 minutes'
 	@echo 'make test-all      make test, and what is slower'
 	@echo 'make test-ray-llm  the engine tests with vLLM 0.29 and NIXL 1.3.2, the pair of ray[llm]'
@@ -91,6 +92,9 @@ endef
 
 demo: system install
 	$(VENV)/bin/python examples/two_nodes.py $(ARGS)
+
+demo-serve: system install-ray-llm
+	$(VENV_RAY_LLM)/bin/python examples/serve_llm.py $(ARGS)
 
 test: system-test install
 	$(call pytest,$(VENV),$(TEST_LIMIT_S)) -m 'not slow and not ray_llm' $(ARGS)
