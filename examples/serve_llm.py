@@ -139,6 +139,7 @@ class Client:
         from openai import OpenAI
 
         self._cluster = cluster
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
         self._openai = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
 
     def ask(self, document: str, question: str) -> Answer:
@@ -303,8 +304,6 @@ def main() -> int:
     arguments = parser.parse_args()
     model = smollm2_folder()
     port = free_port()
-    for name in ("ray.serve", "httpx"):  # each request, and the options of each deployment
-        logging.getLogger(name).setLevel(logging.WARNING)
     console.print("starting a Ray cluster of two nodes, and kvray on it")
     with two_nodes() as cluster:
         console.print("starting Serve and two replicas (one to two minutes)")

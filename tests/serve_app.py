@@ -8,6 +8,7 @@ with running_nodes(2) as nodes, running_app(nodes, tiny(), replicas=2) as app:
 import contextlib
 import json
 import os
+import re
 import socket
 import urllib.request
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from ray import serve
 
 from kvray.config import SHM_FOLDER
 from kvray.serve import enable
+from tests.contained import descendants
 from tests.ray_nodes import PATIENT, Nodes, wait_until
 
 MODEL_ID = "model"
@@ -53,7 +55,6 @@ class App:
     def __init__(self, nodes: Nodes, port: int) -> None:
         self._nodes = nodes
         self._port = port
-        self._shared_memory: set[str] = set()
 
     def post(self, prompt: list[int]) -> dict[str, Any]:
         """One completion over HTTP; raises what urllib does if it is not answered."""
@@ -105,10 +106,7 @@ class App:
 
     def engine_pids(self, index: int) -> set[int]:
         """Of EngineCore and workers that the NodeStore of node `index` knows."""
-        pids = {client["pid"] for client in self._nodes.status(index)["clients"]}
-        processes = pids | {parent_of(pid) for pid in pids}  # the replicas, too
-        self._shared_memory |= {path for pid in processes for path in shared_memory(pid)}
-        return pids
+        return {client["pid"] for client in self._nodes.status(index)["clients"]}
 
     def running(self) -> int:
         """Replicas that serve, as Serve sees it."""
@@ -128,12 +126,6 @@ class App:
         wait_until(
             lambda: self.running() == replicas, what=f"{replicas} replicas", limit_s=START_LIMIT_S
         )
-
-    def remove_shared_memory(self) -> None:
-        """Serve ends replicas by signal, and vLLM's own segments in /dev/shm stay behind."""
-        for path in self._shared_memory:
-            with contextlib.suppress(FileNotFoundError):
-                Path(path).unlink()
 
 
 @contextmanager
@@ -160,37 +152,33 @@ def running_app(nodes: Nodes, model: Path, *, replicas: int = 1, **settings: Any
     )
     enable(config, **{**PATIENT, **settings})
     port = free_port()
-    app = App(nodes, port)
+    segments: set[str] = set()
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(
             build_openai_app({"llm_configs": [config], "ingress_deployment_config": INGRESS}),
             external_scaler_enabled=True,
         )
-        yield app
+        segments |= shared_memory()
+        yield App(nodes, port)
     finally:
-        for index in range(len(nodes.node_ids)):
-            with contextlib.suppress(ray.exceptions.RayError, ValueError):  # has no NodeStore
-                app.engine_pids(index)
+        segments |= shared_memory()
         serve.shutdown()
-        app.remove_shared_memory()
+        for path in segments:
+            with contextlib.suppress(FileNotFoundError):
+                Path(path).unlink()
 
 
-def parent_of(pid: int) -> int:
-    with contextlib.suppress(OSError):  # it has ended
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith("PPid:")))
-    return pid
-
-
-def shared_memory(pid: int) -> set[str]:
-    """The segments of vLLM that a process has mapped."""
-    try:
-        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    except OSError:  # it has ended
-        return set()
-    paths = {line.split(maxsplit=5)[5] for line in lines if f"{SHM_FOLDER}/" in line}
-    return {path for path in paths if path.startswith((f"{SHM_FOLDER}/psm_", f"{SHM_FOLDER}/sem."))}
+def shared_memory() -> set[str]:
+    """vLLM's segments in /dev/shm that processes below this one have mapped. Serve ends replicas by
+    signal, and these stay behind.
+    """
+    found: set[str] = set()
+    for pid in descendants():
+        with contextlib.suppress(OSError):  # it has ended
+            maps = Path(f"/proc/{pid}/maps").read_text()
+            found |= set(re.findall(rf"{SHM_FOLDER}/psm_\w+", maps))
+    return found
 
 
 def replica_logs() -> str:
