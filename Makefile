@@ -16,7 +16,7 @@ TEST_PACKAGES := $(shell grep -v '^\#' requirements/test-packages.txt)
 # Upper bounds of one run, in seconds: .ci/run has 75 minutes for all of them.
 TEST_LIMIT_S := 1500
 SLOW_LIMIT_S := 1800
-RAY_LLM_LIMIT_S := 1200
+RAY_LLM_LIMIT_S := 1440
 
 # Runs pytest so that no process outlives it, whatever happens in the tests.
 pytest = $(1)/bin/python -m tests.contained --limit-s $(2) -- $(1)/bin/python -m pytest
