@@ -139,7 +139,8 @@ class Client:
         from openai import OpenAI
 
         self._cluster = cluster
-        logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
+        for name in ("httpx", "httpx2"):  # OpenAI's client uses one of them: a line a request
+            logging.getLogger(name).setLevel(logging.WARNING)
         self._openai = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
 
     def ask(self, document: str, question: str) -> Answer:
