@@ -16,19 +16,21 @@ TEST_PACKAGES := $(shell grep -v '^\#' requirements/test-packages.txt)
 # Upper bounds of one run, in seconds: .ci/run has 75 minutes for all of them.
 TEST_LIMIT_S := 1500
 SLOW_LIMIT_S := 1800
-RAY_LLM_LIMIT_S := 1200
+RAY_LLM_LIMIT_S := 1440
 
 # Runs pytest so that no process outlives it, whatever happens in the tests.
 pytest = $(1)/bin/python -m tests.contained --limit-s $(2) -- $(1)/bin/python -m pytest
 
-.PHONY: help system system-test install install-ray-llm demo test test-slow test-all test-ray-llm \
-    sim mutants faults bench pictures lint format clean
+.PHONY: help system system-test install install-ray-llm demo demo-serve test test-slow test-all \
+    test-ray-llm test-ray-llm-slow sim mutants faults bench pictures lint format clean
 
 help:
 	@echo 'make demo          two nodes, two engines, one document (installs what it needs first)'
+	@echo 'make demo-serve    the same with two replicas of Ray Serve LLM, over HTTP'
 	@echo 'make test          unit, property, contract and integration tests, under 20 minutes'
 	@echo 'make test-all      make test, and what is slower'
-	@echo 'make test-ray-llm  the engine tests with vLLM 0.29 and NIXL 1.3.2, the pair of ray[llm]'
+	@echo 'make test-ray-llm  the engine tests with the pair of ray[llm], and Ray Serve LLM'
+	@echo 'make test-ray-llm-slow   what of Ray Serve LLM is slower'
 	@echo 'make sim           2,000 seeds of the cluster simulator, about a quarter of an hour'
 	@echo 'make mutants       bugs planted in the cores one at a time: each must be caught'
 	@echo 'make faults        real faults under load, about twenty minutes'
@@ -92,6 +94,9 @@ endef
 demo: system install
 	$(VENV)/bin/python examples/two_nodes.py $(ARGS)
 
+demo-serve: system install-ray-llm
+	$(VENV_RAY_LLM)/bin/python examples/serve_llm.py $(ARGS)
+
 test: system-test install
 	$(call pytest,$(VENV),$(TEST_LIMIT_S)) -m 'not slow and not ray_llm' $(ARGS)
 
@@ -102,6 +107,9 @@ test-all: test test-slow
 
 test-ray-llm: system install-ray-llm
 	$(call pytest,$(VENV_RAY_LLM),$(RAY_LLM_LIMIT_S)) -m '(engine or ray_llm) and not slow' $(ARGS)
+
+test-ray-llm-slow: system install-ray-llm
+	$(call pytest,$(VENV_RAY_LLM),$(RAY_LLM_LIMIT_S)) -m 'ray_llm and slow' $(ARGS)
 
 sim: install
 	$(VENV)/bin/python -m tests.sim --seeds 2000 $(ARGS)

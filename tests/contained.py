@@ -93,7 +93,7 @@ def _wait_until_none(limit_s: float) -> dict[int, str]:
     """What is still alive below this process after limit_s; returns early when nothing is."""
     deadline = time.monotonic() + limit_s
     while True:
-        alive = {pid: _name(pid) for pid in _descendants()}
+        alive = {pid: _name(pid) for pid in descendants()}
         _reap()  # afterwards: who ended just before that look is a zombie by then, and no more
         if not alive or time.monotonic() > deadline:
             return alive
@@ -102,14 +102,15 @@ def _wait_until_none(limit_s: float) -> dict[int, str]:
 
 def _end_descendants() -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in _descendants():
+        for pid in descendants():
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
         if not _wait_until_none(TERMINATE_S):
             return
 
 
-def _descendants() -> list[int]:
+def descendants() -> list[int]:
+    """Processes below this one, however far, that have not ended."""
     parents = dict(_parents())
     children: dict[int, list[int]] = {}
     for pid, parent in parents.items():
