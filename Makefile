@@ -12,23 +12,26 @@ LOCK := requirements/lock-vllm-0.32.txt
 LOCK_RAY_LLM := requirements/lock-vllm-0.29.txt
 SYSTEM_PACKAGES := $(shell grep -v '^\#' requirements/system-packages.txt)
 TEST_PACKAGES := $(shell grep -v '^\#' requirements/test-packages.txt)
+CLUSTER_PACKAGES := $(shell grep -v '^\#' requirements/cluster-packages.txt)
 
 # Upper bounds of one run, in seconds: .ci/run has 75 minutes for all of them.
 TEST_LIMIT_S := 1500
 SLOW_LIMIT_S := 1800
 RAY_LLM_LIMIT_S := 1440
+CLUSTER_LIMIT_S := 900
 
 # Runs pytest so that no process outlives it, whatever happens in the tests.
 pytest = $(1)/bin/python -m tests.contained --limit-s $(2) -- $(1)/bin/python -m pytest
 
-.PHONY: help system system-test install install-ray-llm demo demo-serve test test-slow test-all \
-    test-ray-llm test-ray-llm-slow sim mutants faults bench pictures lint format clean
+.PHONY: help system system-test system-cluster install install-ray-llm demo demo-serve test \
+    test-slow test-all test-cluster test-ray-llm test-ray-llm-slow sim mutants faults bench pictures lint format clean
 
 help:
 	@echo 'make demo          two nodes, two engines, one document (installs what it needs first)'
 	@echo 'make demo-serve    the same with two replicas of Ray Serve LLM, over HTTP'
 	@echo 'make test          unit, property, contract and integration tests, under 20 minutes'
 	@echo 'make test-all      make test, and what is slower'
+	@echo 'make test-cluster  ray up and down with ray_cluster.yaml on three hosts made of namespaces'
 	@echo 'make test-ray-llm  the engine tests with the pair of ray[llm], and Ray Serve LLM'
 	@echo 'make test-ray-llm-slow   what of Ray Serve LLM is slower'
 	@echo 'make sim           2,000 seeds of the cluster simulator, about a quarter of an hour'
@@ -41,6 +44,7 @@ help:
 	@echo 'make install       .venv from the pinned file; a second call does nothing'
 	@echo 'make system        the Debian packages of requirements/system-packages.txt'
 	@echo 'make system-test   and those that tests need: a browser'
+	@echo 'make system-cluster   and those of the hosts of make test-cluster: sshd, rsync'
 	@echo 'make clean         removes the environments and caches'
 
 # Root installs what is missing; anybody else is told. Where all is there, nothing is asked or run.
@@ -49,6 +53,9 @@ system:
 
 system-test: system
 	$(call debian_packages,$(TEST_PACKAGES))
+
+system-cluster: system
+	$(call debian_packages,$(CLUSTER_PACKAGES))
 
 define debian_packages
 	@missing=''; \
@@ -100,10 +107,15 @@ demo-serve: system install-ray-llm
 test: system-test install
 	$(call pytest,$(VENV),$(TEST_LIMIT_S)) -m 'not slow and not ray_llm' $(ARGS)
 
-test-slow: system-test install
+test-slow: system-test system-cluster install
 	$(call pytest,$(VENV),$(SLOW_LIMIT_S)) -m 'slow and not ray_llm' $(ARGS)
 
 test-all: test test-slow
+
+# What it does goes to stderr, its result as one line of JSON to stdout.
+test-cluster: system-cluster install
+	@$(VENV)/bin/python -m tests.contained --limit-s $(CLUSTER_LIMIT_S) -- \
+	    $(VENV)/bin/python -m tests.cluster
 
 test-ray-llm: system install-ray-llm
 	$(call pytest,$(VENV_RAY_LLM),$(RAY_LLM_LIMIT_S)) -m '(engine or ray_llm) and not slow' $(ARGS)

@@ -199,12 +199,14 @@ def start_engine(
     folder: Path,
     mode: Mode = Mode.IN_PROCESS,
     environment: Mapping[str, str] | None = None,
+    within: Callable[..., Sequence[str]] = lambda *words: words,
     **arguments: Any,
 ) -> Engine:
     """Returns while the engine is still starting, so that several can start side by side.
 
-    folder: for its log. environment: on top of what the mode needs; arguments: of vllm.LLM, on top
-    of what makes a small engine start fast. The caller closes the engine.
+    folder: for its log. environment: on top of what the mode needs; within: makes of a command the
+    one that runs it elsewhere; arguments: of vllm.LLM, on top of what makes a small engine start
+    fast. The caller closes the engine.
     """
     ours, theirs = socket.socketpair()
     with theirs:
@@ -221,14 +223,14 @@ def start_engine(
         }
         number = len(list(folder.glob("engine-*.log")))
         group = ProcessGroup(
-            [
+            within(
                 sys.executable,
                 "-m",
                 "tests.engine_process",
                 str(theirs.fileno()),
                 mode.value,
                 json.dumps(settings),
-            ],
+            ),
             environment=engine_environment(mode, environment or {}),
             log=folder / f"engine-{number}.log",
             pass_fds=[theirs.fileno()],

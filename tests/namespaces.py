@@ -12,7 +12,7 @@ Needs CAP_SYS_ADMIN and CAP_NET_ADMIN; NamespacesError says what is not allowed.
 """
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,13 +72,18 @@ class Namespaces:
         folder = Path(f"/sys/class/net/{_outer(network, name)}/statistics")
         return sum(int((folder / f"{way}_bytes").read_text()) for way in ("rx", "tx"))
 
+    def received_bytes(self, name: str, network: str) -> int:
+        """By this namespace, by the counter of the interface's outer end, which sent them."""
+        return int(Path(f"/sys/class/net/{_outer(network, name)}/statistics/tx_bytes").read_text())
+
 
 @contextmanager
-def namespaces(*names: str) -> Iterator[Namespaces]:
+def namespaces(*names: str, networks: Sequence[str] = tuple(NETWORKS)) -> Iterator[Namespaces]:
     """Raises NamespacesError. Gone afterwards; whatever runs in them must be gone before."""
     _remove(names)
     try:
-        for network, number in NETWORKS.items():
+        for network in networks:
+            number = NETWORKS[network]
             _ip("link", "add", _bridge(network), "type", "bridge")
             _ip("link", "set", _bridge(network), "up")
             # A port of its own, since UCX does not use a bridge as a device.
@@ -87,7 +92,7 @@ def namespaces(*names: str) -> Iterator[Namespaces]:
             _ip("addr", "add", f"10.77.{number}.1/24", "dev", _own_end(network))
             _ip("link", "set", _own_end(network), "up")
             for index, name in enumerate(names):
-                if network == "control":
+                if network == networks[0]:
                     _ip("netns", "add", _namespace(name))
                     _ip("-n", _namespace(name), "link", "set", "lo", "up")
                 _join(network, name, f"10.77.{number}.{11 + index}/24")
@@ -103,6 +108,12 @@ def _join(network: str, name: str, address: str) -> None:
     _ip("link", "set", outer, "master", _bridge(network), "up")
     _ip("-n", namespace, "addr", "add", address, "dev", inner)
     _ip("-n", namespace, "link", "set", inner, "up")
+
+
+def remains(names: Sequence[str]) -> list[str]:
+    """What is there of namespaces with these names, and of their networks."""
+    found = [name for name in _ip("netns", "list").split() if name in map(_namespace, names)]
+    return found + [link.name for link in Path("/sys/class/net").glob(f"{PREFIX}-*")]
 
 
 def _remove(names: tuple[str, ...]) -> None:

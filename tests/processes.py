@@ -61,12 +61,13 @@ class ProcessGroup:
 
     def shared_memory(self) -> set[Path]:
         """What multiprocessing made in /dev/shm and the group has mapped; no slab of kvray."""
-        inodes = {inode for pid in self.members() for inode in _mapped_inodes(pid)}
+        mapped = {file for pid in self.members() for file in _mapped_files(pid)}
         with os.scandir("/dev/shm") as entries:
+            device = Path("/dev/shm").stat().st_dev
             return {
                 Path(entry.path)
                 for entry in entries
-                if entry.inode() in inodes and entry.name.startswith(("psm_", "sem.mp-"))
+                if (device, entry.inode()) in mapped and entry.name.startswith(("psm_", "sem.mp-"))
             }
 
     def exit_status(self) -> int | None:
@@ -113,13 +114,18 @@ def _end_all() -> None:
         group.kill()
 
 
-def _mapped_inodes(pid: int) -> set[int]:
-    """Of files in /dev/shm. By inode, since a semaphore is mapped under a name that it had once."""
+def _mapped_files(pid: int) -> set[tuple[int, int]]:
+    """Device and inode of files in a /dev/shm. By inode, since a semaphore is mapped under a name
+    that it had once; by device, since a process may have a /dev/shm of its own (tests/cluster).
+    """
     try:
         maps = Path(f"/proc/{pid}/maps").read_text()
     except OSError:  # it ended meanwhile
         return set()
-    return {int(inode) for inode in re.findall(r" (\d+) +/dev/shm/", maps)}
+    found = re.findall(r" ([0-9a-f]+):([0-9a-f]+) (\d+) +/dev/shm/", maps)
+    return {
+        (os.makedev(int(major, 16), int(minor, 16)), int(inode)) for major, minor, inode in found
+    }
 
 
 def _groups() -> Iterator[tuple[int, int]]:
