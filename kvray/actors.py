@@ -21,6 +21,7 @@ from kvray.errors import ConfigError
 logger = logging.getLogger("kvray")
 
 RAY_NAMESPACE = "kvray"
+TESTED_RAY = "2.60"
 TURN_S = 0.0005  # about as long as a NodeStore needs for its longest answer to a look-up
 BUG_EXIT_CODE = 70  # EX_SOFTWARE, see sysexits.h; Ray starts the actor again
 
@@ -49,6 +50,23 @@ def refuse_optimized() -> None:
             "kvray does not run under python -O (or PYTHONOPTIMIZE): an assert is how one of its "
             "actors finds out that it has a bug, and ends instead of going on"
         )
+
+
+def refuse_untested_ray(version: str) -> None:
+    """Raises ConfigError for a release of Ray that kvray was not tested with. Asked where kvray is
+    started or found: that all nodes and drivers of a cluster have the same Ray is seen to by Ray.
+    """
+    if version.split(".")[:2] != TESTED_RAY.split("."):
+        raise ConfigError(
+            f"kvray was tested with Ray {TESTED_RAY}; this process runs Ray {version}. Actors and "
+            f"their placement change between releases: install 'ray[default]~={TESTED_RAY}.0' on "
+            "every node and client, and start Ray anew"
+        )
+
+
+def one_line(exc: BaseException) -> str:
+    """All that an error of Ray says. Where two versions differ, each has a line of its own."""
+    return " ".join(str(exc).split()) or type(exc).__name__
 
 
 def log_to_stderr() -> None:

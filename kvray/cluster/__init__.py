@@ -27,8 +27,10 @@ from kvray.actors import (
     directory_name,
     node_store_name,
     node_store_prefix,
+    one_line,
     page_name,
     refuse_optimized,
+    refuse_untested_ray,
 )
 from kvray.cluster.draining import Drain, Drained
 from kvray.cluster.links import LinkMeasurement, measure_links
@@ -390,6 +392,7 @@ class _Origin:
 
 def _join_ray() -> None:
     """Be a driver of the Ray cluster that is there, or of a new local one."""
+    refuse_untested_ray(ray.__version__)
     if ray.is_initialized():
         return
     try:
@@ -398,7 +401,8 @@ def _join_ray() -> None:
         ray.init(include_dashboard=False)
     except (ConnectionError, RuntimeError) as exc:
         raise NodeLostError(
-            f"no Ray cluster can be reached or started: {_last_line(exc)}. Check $RAY_ADDRESS"
+            f"no Ray cluster can be reached or started: {one_line(exc)}. Check $RAY_ADDRESS, and "
+            "that Ray and Python have the same versions there as here"
         ) from exc
 
 

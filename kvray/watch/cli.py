@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvray import cluster as kvray_cluster
+from kvray.actors import one_line, refuse_untested_ray
 from kvray.cluster import Cluster, LinkMeasurement
 from kvray.errors import ConfigError, KVRayError, NodeLostError
 from kvray.watch import local_ray
@@ -68,15 +69,15 @@ def join_ray() -> None:
     """Be a driver of the Ray cluster that is there. Raises NodeLostError if there is none: a local
     one that ends with this process is of no use to a command.
     """
+    refuse_untested_ray(ray.__version__)
     if ray.is_initialized():
         return
     try:
         ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError) as exc:
-        lines = str(exc).strip().splitlines() or [type(exc).__name__]
         raise NodeLostError(
-            f"no Ray cluster can be reached: {lines[-1].strip()}. `kvray start` begins one on this "
-            "machine; for another one set $RAY_ADDRESS"
+            f"no Ray cluster can be reached: {one_line(exc)}. `kvray start` begins one on this "
+            "machine; for another one set $RAY_ADDRESS, and have the Ray and the Python that it has"
         ) from exc
 
 

@@ -1,6 +1,7 @@
 """`python -m tests.cluster`: the story on stderr, its result as one line of JSON on stdout.
 
-Exit codes: 0 all is as it has to be, or such hosts are not allowed here (said on stderr); 1 not.
+Exit codes: 0 all is as it has to be, or such hosts are not allowed here (said on stderr); 1 not;
+130 interrupted, and everything was given back.
 """
 
 import json
@@ -9,6 +10,8 @@ import sys
 
 from tests.cluster.hosts import HostsError
 from tests.cluster.story import as_json, play, say
+
+INTERRUPTED = 130  # as a shell says it
 
 
 def main() -> int:
@@ -19,6 +22,9 @@ def main() -> int:
         say(f"skipped: hosts made of namespaces are not allowed here: {exc}")
         sys.stdout.write(json.dumps({"skipped": str(exc)}) + "\n")
         return 0
+    except KeyboardInterrupt:
+        say("interrupted: the hosts were ended")
+        return INTERRUPTED
     problems = result.problems()
     for problem in problems:
         say(problem)

@@ -1,10 +1,26 @@
-"""Goal: a bug ends an actor's process at once and is told; names of two clusters never meet."""
+"""Goal: a bug ends an actor's process at once and is told; names of two clusters never meet; a Ray
+that kvray was not tested with is refused by name.
+"""
 
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import requires
 
-from kvray.actors import BUG_EXIT_CODE, directory_name, node_store_name, node_store_prefix
+import pytest
+import ray
+
+from kvray.actors import (
+    BUG_EXIT_CODE,
+    TESTED_RAY,
+    directory_name,
+    node_store_name,
+    node_store_prefix,
+    one_line,
+    refuse_untested_ray,
+)
+from kvray.errors import ConfigError
 
 NODE = "ab" * 28
 
@@ -60,6 +76,29 @@ def test_asserts_can_not_be_switched_off() -> None:
     refused = run(code, "-O")
     assert refused.returncode == 1
     assert "ConfigError" in refused.stderr
+
+
+@pytest.mark.parametrize("version", ["2.60.0", "2.60.7"])
+def test_every_release_of_the_tested_ray_will_do(version: str) -> None:
+    refuse_untested_ray(version)
+
+
+def test_the_installed_ray_and_the_pinned_one_are_the_tested_one() -> None:
+    refuse_untested_ray(ray.__version__)
+    [pin] = [need for need in requires("kvray") or [] if need.startswith("ray[")]
+    assert f">={TESTED_RAY}" in pin
+
+
+@pytest.mark.parametrize("version", ["2.6.0", "2.59.1", "2.61.0", "3.0.0.dev0"])
+def test_another_ray_is_refused_with_what_to_install(version: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{re.escape(version)}.*install 'ray\[default\]~=2\.60"):
+        refuse_untested_ray(version)
+
+
+def test_both_versions_of_an_error_of_ray_are_told() -> None:
+    said = "Version mismatch: the cluster:\n    Ray: 2.60.0\nthis process:\n    Ray: 2.60.1\n"
+    assert {"2.60.0", "2.60.1"} <= set(one_line(RuntimeError(said)).split())
+    assert one_line(RuntimeError()) == "RuntimeError"
 
 
 def test_info_lines_reach_the_log_once() -> None:
