@@ -93,9 +93,7 @@ def with_hot_set(prompts: Sequence[Sequence[int]], *, seed: int) -> list[tuple[i
     return made
 
 
-def arrivals(
-    prompts: Sequence[tuple[int, ...]], *, gap_ms: float, seed: int
-) -> list[Request]:
+def arrivals(prompts: Sequence[tuple[int, ...]], *, gap_ms: float, seed: int) -> list[Request]:
     """gap_ms: the mean time between two."""
     dice = random.Random(seed)
     requests, now_ms = [], 0.0
@@ -156,9 +154,7 @@ def measure(cases: Sequence[Case], *, seed: int) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"case": case.name, "replicas": count, "load": load}
         row["requests_per_s"] = round(1_000 / gap_ms, 2)
         for way, slab_blocks in (("with", SLAB_BLOCKS), ("without", 0)):
-            for name, policy in policies(
-                count, case, seed=seed, slab_blocks=slab_blocks
-            ).items():
+            for name, policy in policies(count, case, seed=seed, slab_blocks=slab_blocks).items():
                 mean_ms, _, _ = play(
                     case, policy, count, slab_blocks=slab_blocks, gap_ms=gap_ms, seed=seed
                 )

@@ -141,9 +141,7 @@ class World:
         speeds = self.speeds
         is_worth = speeds.link_ms < speeds.prefill_ms and waits_ms < peer * speeds.prefill_ms
         if peer and not is_worth:
-            first = next(
-                i for i in range(begin, end) if self.home[blocks[i]] != replica.number
-            )
+            first = next(i for i in range(begin, end) if self.home[blocks[i]] != replica.number)
             end, local, peer = first, first - begin, 0
         done_ms = self.now_ms + local * speeds.copy_ms
         if peer:

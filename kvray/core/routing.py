@@ -20,7 +20,7 @@ All of it is an estimate that costs time when it is wrong, and never an answer.
 
 import math
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 MAX_REPLICAS = 1_024  # of one deployment; ranking is linear in them
@@ -63,9 +63,7 @@ class Cost:
         return self.wait_ms + self.compute_ms
 
 
-def cost_of(
-    replica: str, prompt_tokens: int, held: Held, *, queue_ms: float, rates: Rates
-) -> Cost:
+def cost_of(replica: str, prompt_tokens: int, held: Held, *, queue_ms: float, rates: Rates) -> Cost:
     """Loads run while the queue is computed. What a peer has is computed where that is quicker."""
     peer_tokens = held.peer_tokens if rates.link_ms < rates.prefill_ms else 0
     load_ms = held.local_tokens * rates.copy_ms + peer_tokens * rates.link_ms
@@ -131,9 +129,9 @@ class Slabs:
     def __len__(self) -> int:
         return len(self._home)
 
-    def keep_only(self, nodes: set[str]) -> None:
+    def keep_only(self, nodes: Collection[str]) -> None:
         """The others are gone, with what they held."""
-        for node in self._nodes.keys() - nodes:
+        for node in self._nodes.keys() - set(nodes):
             del self._nodes[node]
         self._home = {chunk: home for chunk, home in self._home.items() if home[0] in nodes}
 
@@ -175,10 +173,15 @@ class Ranking:
         self._device_chunks = device_chunks
         self._slabs = Slabs(slab_chunks) if slab_chunks else None
         self._replicas: dict[str, Replica] = {}
+        self._serving: frozenset[str] = frozenset()  # nodes whose slab can be reached
         self._routed_count = 0
 
-    def set_replicas(self, nodes: Mapping[str, str]) -> None:
-        """nodes: of each replica its node. Who stays is remembered, who left is forgotten."""
+    def set_replicas(
+        self, nodes: Mapping[str, str], *, serving: Collection[str] | None = None
+    ) -> None:
+        """nodes: of each replica its node. Who stays is remembered, who left is forgotten.
+        serving: the nodes whose slab can be reached, None for all.
+        """
         assert len(nodes) <= MAX_REPLICAS
         self._replicas = {
             name: known
@@ -187,7 +190,8 @@ class Ranking:
             for name, node in nodes.items()
         }
         if self._slabs is not None:
-            self._slabs.keep_only(set(nodes.values()))
+            self._serving = frozenset(nodes.values() if serving is None else serving)
+            self._slabs.keep_only(self._serving)
 
     def rank(
         self,
@@ -212,18 +216,16 @@ class Ranking:
             queue_ms = max(0.0, replica.busy_until_ms - now_ms)
             # kvray asks again when the request's turn comes: what is there by then counts.
             turn_ms = now_ms + queue_ms
-            end = next(
-                (i for i, at_ms in unread if i >= on_device and at_ms > turn_ms), len(homes)
-            )
+            end = next((i for i, at_ms in unread if i >= on_device and at_ms > turn_ms), len(homes))
+            if replica.node not in self._serving:
+                end = on_device
             local = homes[on_device:end].count(replica.node)
             held = Held(
                 on_device * chunk_tokens,
                 local * chunk_tokens,
                 max(0, end - on_device - local) * chunk_tokens,
             )
-            costs.append(
-                cost_of(name, prompt_tokens, held, queue_ms=queue_ms, rates=self.rates)
-            )
+            costs.append(cost_of(name, prompt_tokens, held, queue_ms=queue_ms, rates=self.rates))
         best_ms = min((cost.total_ms for cost in costs), default=0.0)
         return sorted(costs, key=lambda cost: self._order(cost, best_ms))
 
@@ -239,7 +241,7 @@ class Ranking:
         starts_ms = max(now_ms + cost.load_ms, replica.busy_until_ms)
         replica.busy_until_ms = starts_ms + cost.compute_ms
         replica.device.use(chunks)
-        if self._slabs is not None:
+        if self._slabs is not None and replica.node in self._serving:
             self._slabs.use(replica.node, chunks, ready_ms=replica.busy_until_ms)
 
     def completed(self, name: str, *, now_ms: float) -> None:
