@@ -170,18 +170,26 @@ class KVRayRouter(MultiplexMixin, RequestRouter):
         replica_id: ReplicaID,
         result: ReplicaResult,  # noqa: ARG002 (Serve's signature)
     ) -> None:
-        request_id = pending_request.metadata.internal_request_id
+        self._note_routed(pending_request.metadata.internal_request_id, replica_id)
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Serve may tell of a short answer before it tells that the request was routed, and tells
+        nothing of that at all where replicas can not reject.
+        """
+        opened = self._open.get(internal_request_id)
+        if opened is not None and not opened.replica:
+            self._note_routed(internal_request_id, replica_id)
+        opened = self._open.pop(internal_request_id, None)
+        if opened is not None and opened.replica == replica_id.to_full_id_str():
+            self._ranking.completed(opened.replica, now_ms=_now_ms())
+
+    def _note_routed(self, request_id: str, replica_id: ReplicaID) -> None:
         opened = self._open.get(request_id)
         cost = opened.costs.get(replica_id.to_full_id_str()) if opened else None
         if opened is None or cost is None:
             return
         self._ranking.routed(cost, opened.prompt.chunks, now_ms=_now_ms())
         self._open[request_id] = Open(opened.prompt, {}, cost.replica)
-
-    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        opened = self._open.pop(internal_request_id, None)
-        if opened is not None and opened.replica == replica_id.to_full_id_str():
-            self._ranking.completed(opened.replica, now_ms=_now_ms())
 
     def _rank(
         self, candidates: dict[ReplicaID, RunningReplica], request: PendingRequest
