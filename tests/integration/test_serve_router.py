@@ -1,6 +1,6 @@
 """KVRayRouter in Ray Serve itself, behind a deployment that needs no model.
 
-The routers are those of tests/serve_routers.py, which are told which nodes serve.
+The router is that of tests/serve_routers.py.
 """
 
 from collections.abc import Iterator
@@ -50,16 +50,6 @@ def deployed(router: str) -> Any:
         request_router_config=RequestRouterConfig(**routing),
     )(Echo)
     return serve.run(deployment.bind(), name=router, route_prefix=f"/{router}")
-
-
-def test_a_document_goes_back_to_the_replica_that_has_read_it() -> None:
-    """And one that nobody has read goes to the other, which was chosen less lately."""
-    handle = deployed("AllServe")
-    for _ in range(2):  # the router is made with the first request, and looks then
-        handle.remote(Prompt("hello")).result()
-    chosen = [handle.remote(Prompt(DOCUMENT + str(i))).result() for i in range(REQUESTS)]
-    assert len(set(chosen)) == 1
-    assert handle.remote(Prompt("something else")).result() != chosen[0]
 
 
 def test_while_the_directory_is_silent_requests_go_on_by_two_choices() -> None:
