@@ -64,6 +64,7 @@ ENTRIES = (
     _hit_rate(4, 2_000, is_short=True),
     _hit_rate(4, 8_000),
     _hit_rate(16, 2_000),
+    Entry("routing", "routing.py", (TRACE,)),
     Entry("idle", "idle.py", is_short=True),
     Entry("overhead", "overhead.py"),
     Entry("watching", "watching.py"),

@@ -23,6 +23,7 @@ TITLES = {
     "transfer": "Fetching blocks, next to raw NIXL",
     "lookup": "Look-ups, locates, registering, the directory",
     "hit_rate": "One cache of N x C",
+    "routing": "Which replica a request should go to",
     "idle": "What idling costs",
     "overhead": "What kvray costs where nothing is reused",
     "watching": "What watching costs, and how soon one sees",

@@ -7,9 +7,23 @@ enable() ──▶ the connector is named in the LLMConfig, its backend is regis
                  └──▶ each replica asks, before it makes its engine, for the NodeStore of its Ray
                       node (backend); from there on the engine is like any other
 
-The only package that knows ray.serve.llm, which it imports when it is called.
+KVRayRouter chooses the replica of a request (router). The only package that knows ray.serve and
+ray.serve.llm, which it imports when it is called, or asked for the router.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from kvray.serve.app import build_openai_app, enable
 
-__all__ = ["build_openai_app", "enable"]
+if TYPE_CHECKING:
+    from kvray.serve.router import KVRayRouter
+
+__all__ = ["KVRayRouter", "build_openai_app", "enable"]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 (a module's attribute)
+    if name == "KVRayRouter":
+        from kvray.serve.router import KVRayRouter
+
+        return KVRayRouter
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -33,6 +33,7 @@ KEYS = {
     "long_doc_qa": {"modes", "ttft_gain", "total_gain"},
     "multi_turn": {"modes", "p2p_over_none", "p2p_over_silo"},
     "transfer": {"rows"},
+    "routing": {"mean_ms", "decision_ms", "prefill_tokens_per_s", "link_gb_per_s"},
     "watching": {"status_ms", "lookup_us", "watched_over_unwatched"},
     "lookup": {
         "lookup_us",
