@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 
+from kvray.actors import TESTED_RAY
 from kvray.config import EngineConfig
 from kvray.errors import ConfigError, NotAttachedError
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
     AnyConfig = TypeVar("AnyConfig", bound=LLMConfig)
 
-TESTED_RAY = "2.60"  # connector backends are an internal interface of Ray, without promises
 CONNECTOR_NAME = "KVRayConnector"
 CONNECTOR_MODULE = "kvray.engine.connector"
 BACKEND = "kvray.serve.backend:KVRayBackend"
