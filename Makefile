@@ -24,7 +24,8 @@ CLUSTER_LIMIT_S := 900
 pytest = $(1)/bin/python -m tests.contained --limit-s $(2) -- $(1)/bin/python -m pytest
 
 .PHONY: help system system-test system-cluster install install-ray-llm demo demo-serve test \
-    test-slow test-all test-cluster test-ray-llm test-ray-llm-slow sim mutants faults bench pictures lint format clean
+    test-slow test-all test-cluster test-ray-llm test-ray-llm-slow sim mutants faults bench \
+    pictures lint format clean
 
 help:
 	@echo 'make demo          two nodes, two engines, one document (installs what it needs first)'

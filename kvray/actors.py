@@ -21,7 +21,7 @@ from kvray.errors import ConfigError
 logger = logging.getLogger("kvray")
 
 RAY_NAMESPACE = "kvray"
-TESTED_RAY = "2.60"
+TESTED_RAY = "2.60"  # kvray.serve uses an internal interface of it, which comes without promises
 TURN_S = 0.0005  # about as long as a NodeStore needs for its longest answer to a look-up
 BUG_EXIT_CODE = 70  # EX_SOFTWARE, see sysexits.h; Ray starts the actor again
 

@@ -81,6 +81,7 @@ def play() -> Result:
             launcher = Launcher(hosts, desk=DESK, head=HEAD, workers=[WORKER, THIRD])
             launch(hosts, launcher)
             hit_on_the_worker(hosts, folder, result)
+            look_at_the_way(hosts)
             add_the_third(hosts, result)
             drain_the_worker(hosts)
             take_down(hosts, launcher)
@@ -124,6 +125,14 @@ def hit_on_the_worker(hosts: Hosts, folder: Path, result: Result) -> None:
         )
         b.generate(prompt_of(OTHER_TOKENS, seed=2))
         b.call(in_engine.settle)
+
+
+def look_at_the_way(hosts: Hosts) -> None:
+    """By kvray's own measure: the kernel's counters around reads of its own."""
+    links = json.loads(on_head(hosts, "kvray", "doctor", "--json"))["links"]
+    ways = [link["way"] for link in links]
+    say(f"kvray doctor: {len(links)} links, by {', '.join(ways)}")
+    assert ways == ["tcp", "tcp"], links
 
 
 def add_the_third(hosts: Hosts, result: Result) -> None:

@@ -11,7 +11,7 @@ from tests.cluster.story import play
 pytestmark = [pytest.mark.heavy, pytest.mark.slow]
 
 
-@pytest.mark.timeout(800)  # two minutes on a quiet machine
+@pytest.mark.timeout(800)  # two and a half minutes on a quiet machine
 def test_a_cluster_from_ray_up_to_ray_down() -> None:
     try:
         result = play()
