@@ -15,7 +15,7 @@ TEST_PACKAGES := $(shell grep -v '^\#' requirements/test-packages.txt)
 CLUSTER_PACKAGES := $(shell grep -v '^\#' requirements/cluster-packages.txt)
 
 # Upper bounds of one run, in seconds: .ci/run has 75 minutes for all of them.
-TEST_LIMIT_S := 1500
+TEST_LIMIT_S := 1800
 SLOW_LIMIT_S := 1800
 RAY_LLM_LIMIT_S := 1440
 CLUSTER_LIMIT_S := 900
