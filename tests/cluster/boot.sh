@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The first process of a host made of namespaces (hosts.py): what it mounts and starts ends with it.
 #
-#     boot.sh FOLDER SHM_BYTES HOME PATH...
+#     boot.sh FOLDER SHM_BYTES HOME PATH...      exits with 77 where such mounts are not allowed
 #
 # The host has this machine's files, but what it writes goes into a layer of its own. /tmp, /run,
 # /dev/shm and HOME begin empty. Of what is hidden by that, or lies on another file system, it sees
@@ -11,6 +11,7 @@ folder=$1 shm_bytes=$2 home=$3
 shift 3
 host=$(hostname)
 
+trap 'exit 77' ERR # of mounts: they are not allowed here; everything else is an error of this test
 mount --make-rprivate /
 mkdir "$folder/$host"
 mount -t tmpfs "$host" "$folder/$host"
@@ -30,6 +31,7 @@ for path in "$folder" "$@"; do
         mount --bind "$path" "root$path"
     fi
 done
+trap - ERR
 
 cp "$folder/hosts" root/etc/hosts
 cp "$folder/bashrc" "root$home/.bashrc"

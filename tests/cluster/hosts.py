@@ -40,6 +40,8 @@ BOOT_LIMIT_S = 30.0  # a host boots in a tenth of a second
 COMMAND_LIMIT_S = 120.0  # of a command on a host: Python, Ray and an answer, on a busy machine
 POLL_S = 0.05
 SSH_PORT = 22
+UNSHARE = ("unshare", "--kill-child", "--fork", "--pid", "--mount-proc", "--uts", "--ipc")
+NOT_ALLOWED = 77  # boot.sh's exit status
 PROGRAMS = ("ip", "unshare", "nsenter", "setpriv", "ssh", "ssh-keygen", "sshd", "rsync")
 PATH = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TAIL_CHARS = 3_000  # of what a command that failed has said
@@ -147,6 +149,9 @@ def running_hosts(*names: str, folder: Path) -> Iterator[Hosts]:
             f"{', '.join(missing)} not found: `make test-cluster` as root installs the packages of "
             "requirements/cluster-packages.txt"
         )
+    tried = subprocess.run([*UNSHARE, "true"], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        raise HostsError(tried.stderr.strip())
     try:
         with namespaces(*names, networks=[NETWORK]) as net:
             groups: dict[str, ProcessGroup] = {}
@@ -216,7 +221,7 @@ def _boot(net: Namespaces, name: str, folder: Path) -> ProcessGroup:
         name,
         # Should this process be killed, the host ends all the same.
         *("setpriv", "--pdeathsig", "KILL"),
-        *("unshare", "--kill-child", "--fork", "--pid", "--mount-proc", "--uts", "--ipc"),
+        *UNSHARE,
         *("bash", "-c", 'hostname "$0" && exec "$@"', name),
         *(str(BOOT), str(folder), str(SHM_BYTES), HOME, *map(str, sorted(seen))),
     )
@@ -227,16 +232,17 @@ def _booted(group: ProcessGroup, name: str, address: str, net: Namespaces) -> Ho
     """Once its sshd answers."""
 
     def answers() -> bool:
-        if group.exit_status() is not None:
-            raise HostsError(f"host {name} did not boot:\n{group.log_tail()}")
+        if group.exit_status() == NOT_ALLOWED:
+            raise HostsError(f"host {name}: {group.log_tail()}")
+        assert group.exit_status() is None, f"host {name} did not boot:\n{group.log_tail()}"
         try:
             with socket.create_connection((address, SSH_PORT), timeout=1):
                 return True
         except OSError:
             return False
 
-    if not wait_for(answers, limit_s=BOOT_LIMIT_S):
-        raise HostsError(f"host {name} has no sshd after {BOOT_LIMIT_S} s:\n{group.log_tail()}")
+    is_up = wait_for(answers, limit_s=BOOT_LIMIT_S)
+    assert is_up, f"host {name} has no sshd after {BOOT_LIMIT_S:.0f} s:\n{group.log_tail()}"
     (first_pid,) = (pid for pid in group.members() if _is_first(pid))
     return Host(name, address, first_pid, _pid_space(first_pid), net)
 
