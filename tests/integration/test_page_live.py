@@ -20,6 +20,7 @@ import pytest
 import ray
 from playwright.sync_api import Page, expect
 
+from kvray.core.reasons import tokens_by_source
 from kvray.watch.page import open_page
 from kvray.watch.tables import status_data
 from tests import in_engine
@@ -140,13 +141,15 @@ def test_while_two_engines_exchange_blocks_the_page_says_what_status_says(
     assert compared >= 3, "the exchange has ended before it could be watched"
     assert seen_traffic, "the traffic between the nodes was never shown"
 
+    counters = [engine.call(in_engine.settle)["counters"] for engine in engines]
     wait_until(
-        lambda: nodes.cluster.status().hit_tokens["peer"] >= EXCHANGES * (TOKENS - 200),
+        lambda: nodes.cluster.status().hit_tokens == tokens_by_source(counters),
         what="the engines' reports",
     )
     status = typed_status(nodes)
     page.wait_for_function("(since) => window.kvraySeen > since", arg=time.time())
     assert shown_tokens(page) == status["hit_tokens"]
+    assert status["hit_tokens"]["peer"] > 0
     assert shown_reasons(page) == status["miss_tokens"]
     assert page.url == status["page_url"]
     for node in status["nodes"]:
