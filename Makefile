@@ -17,7 +17,7 @@ CLUSTER_PACKAGES := $(shell grep -v '^\#' requirements/cluster-packages.txt)
 # Upper bounds of one run, in seconds: .ci/run has 75 minutes for all of them.
 TEST_LIMIT_S := 1800
 SLOW_LIMIT_S := 1800
-RAY_LLM_LIMIT_S := 1440
+RAY_LLM_LIMIT_S := 1800
 CLUSTER_LIMIT_S := 900
 
 # Runs pytest so that no process outlives it, whatever happens in the tests.
