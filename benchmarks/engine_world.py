@@ -27,7 +27,7 @@ from smollm2 import smollm2_folder
 
 from benchmarks.measure import cpu_s
 from kvray.config import default_extent_bytes
-from kvray.engine.attach import transfer_settings
+from kvray.engine.arguments import transfer_settings
 from tests import in_engine
 from tests.engines import Answer, Engine, start_engine
 from tests.engines import Mode as EngineMode

@@ -21,7 +21,7 @@ import kvray
 from kvray.actors import RAY_NAMESPACE, node_store_name
 from kvray.config import socket_path
 from kvray.core.ids import BlockKey
-from kvray.engine.attach import transfer_settings
+from kvray.engine.arguments import transfer_settings
 
 SLAB_BYTES = 256 << 20  # 240 chunks of the tiny model
 EXTENT_BYTES = 16 << 20

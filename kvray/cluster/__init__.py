@@ -13,7 +13,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ from kvray.actors import (
     refuse_untested_ray,
 )
 from kvray.cluster.draining import Drain, Drained
-from kvray.cluster.links import LinkMeasurement, measure_links
+from kvray.cluster.links import LinkMeasurement, Say, measure_links
 from kvray.cluster.placement import actor_names, gather, make_directory, sweep
 from kvray.cluster.status import (
     ClusterStatus,
@@ -68,8 +68,6 @@ CALL_DEADLINE_S = 10.0  # a Ray call takes a millisecond, an actor that is being
 LOOK_PERIOD_S = 0.05  # while somebody waits for a node: two Ray calls of a millisecond
 NODE_DEADLINE_S = 2.0  # of a NodeStore's word on itself; one that is silent is shown without it
 STARTER_BYTES = 8  # of the nonce that tells whose start() has made a directory
-
-Say = Callable[[str], None]  # takes one line for people
 
 
 def start(

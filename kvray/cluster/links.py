@@ -21,7 +21,7 @@ ALL_DEADLINE_S = 120.0  # 64 pairs at 10 GbE take 20 s; this is what hosts that 
 # Of one call: its own deadline, the counters' lag, and a busy host.
 CALL_DEADLINE_S = DEADLINE_MS / 1_000 + COUNTER_LAG_S + 3.0
 
-Say = Callable[[str], None]
+Say = Callable[[str], None]  # takes one line for people
 Pair = tuple[NodeStatus, NodeStatus]
 
 
@@ -29,13 +29,14 @@ Pair = tuple[NodeStatus, NodeStatus]
 class LinkMeasurement:
     """What node `node_id` found when it read from node `peer_id`.
 
-    way: None if it is not MEASURED, and then reason says why. devices: those of node_id that have
-    counted the bytes. latency_us: median of reads of 64 bytes, as kvray's link thread does them.
-    gb_per_s: median of reads of 8 MiB, 10^9 bytes a second.
+    is_far: they are on two machines. way: None if it is not MEASURED, and then reason says why.
+    devices: those of node_id that have counted the bytes. latency_us: median of reads of 64 bytes,
+    as kvray's link thread does them. gb_per_s: median of reads of 8 MiB, 10^9 bytes a second.
     """
 
     node_id: str
     peer_id: str
+    is_far: bool
     outcome: Outcome
     reason: str = ""
     way: Way | None = None
@@ -90,7 +91,7 @@ def measure_links(
 def _measure(node: NodeStatus, peer: NodeStatus, store: Any) -> LinkMeasurement:  # noqa: ANN401
     if store is None:
         return _skipped(node, peer, "it has no NodeStore")
-    is_far = _machine(node) != _machine(peer)
+    is_far = _is_far(node, peer)
     call = store.measure_link.remote(peer.node_id, is_far=is_far)
     answer = gather({node.node_id: call}, CALL_DEADLINE_S)[node.node_id]
     if answer is None:
@@ -98,6 +99,7 @@ def _measure(node: NodeStatus, peer: NodeStatus, store: Any) -> LinkMeasurement:
     return LinkMeasurement(
         node_id=node.node_id,
         peer_id=peer.node_id,
+        is_far=is_far,
         outcome=Outcome(answer["outcome"]),
         reason=answer["reason"],
         way=Way(answer["way"]) if answer["way"] else None,
@@ -109,8 +111,13 @@ def _measure(node: NodeStatus, peer: NodeStatus, store: Any) -> LinkMeasurement:
 
 
 def _skipped(node: NodeStatus, peer: NodeStatus, reason: str) -> LinkMeasurement:
-    return LinkMeasurement(node.node_id, peer.node_id, Outcome.SKIPPED, reason)
+    is_far = _is_far(node, peer)
+    return LinkMeasurement(node.node_id, peer.node_id, is_far, Outcome.SKIPPED, reason)
 
 
-def _machine(node: NodeStatus) -> object:
-    return node.details.get("host_facts", {}).get("boot_id", node.node_id)
+def _is_far(node: NodeStatus, peer: NodeStatus) -> bool:
+    """By their boot ids; a node that does not tell its own is taken for a machine of its own."""
+    here, there = (
+        one.details.get("host_facts", {}).get("boot_id", one.node_id) for one in (node, peer)
+    )
+    return bool(here != there)

@@ -1,6 +1,7 @@
 """The seam to vLLM: everything here runs inside an engine's own processes.
 
     plugin      adds kvray's doors to vLLM's EngineCore (vllm.general_plugins entry point)
+    arguments   vLLM's own arguments, for who describes an engine without vLLM
     attach      puts the connector into an engine that already runs, and takes it out again
     connector   vLLM's OffloadingConnector, plus failed copies and renewed namespaces
     lookups     in EngineCore: what is cached, where to store it (an OffloadingManager)

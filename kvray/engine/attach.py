@@ -11,25 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 from kvray.engine import hooks, support, versions
+from kvray.engine.arguments import transfer_settings
 from kvray.errors import ConfigError, NotAttachedError
 
 logger = logging.getLogger("kvray.engine")
-
-CONNECTOR = {
-    "kv_connector": "KVRayConnector",
-    "kv_connector_module_path": "kvray.engine.connector",
-    "kv_role": "kv_both",
-}
-
-
-def transfer_settings(kvray: dict[str, Any]) -> dict[str, Any]:
-    """KVTransferConfig's arguments for an engine with these settings (EngineConfig's keys)."""
-    return {
-        **CONNECTOR,
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"kvray": kvray},
-    }
-
 
 # ---- in EngineCore; `self` is vLLM's EngineCore
 

@@ -29,7 +29,7 @@ def _wrapped(original: Any) -> Any:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm.config import KVTransferConfig
 
-        from kvray.engine.attach import transfer_settings
+        from kvray.engine.arguments import transfer_settings
 
         if self.kv_transfer_config is None:
             self.kv_transfer_config = KVTransferConfig(**transfer_settings(dict(_settings)))

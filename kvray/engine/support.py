@@ -5,6 +5,7 @@ from typing import Any
 
 from kvray.config import EngineConfig
 from kvray.engine import versions
+from kvray.engine.arguments import LOAD_FAILURE_POLICY, UNTESTED_PARALLEL, is_untested_cache
 from kvray.engine.jobs import RankHandshake
 from kvray.errors import NotAttachedError
 
@@ -15,21 +16,14 @@ TESTED_SPECS = ("FullAttentionSpec", "SlidingWindowSpec")
 def require_supported(vllm_config: Any, kv_cache_config: Any) -> None:
     """Raises NotAttachedError naming each feature of this engine that was not tested."""
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
-    found = []
-    if parallel.data_parallel_size > 1:
-        found.append(f"data parallel (data_parallel_size={parallel.data_parallel_size})")
-    if parallel.pipeline_parallel_size > 1:
-        found.append(
-            f"pipeline parallel (pipeline_parallel_size={parallel.pipeline_parallel_size})"
-        )
-    found += [
-        f"context parallel ({name}={getattr(parallel, name)})"
-        for name in ("decode_context_parallel_size", "prefill_context_parallel_size")
+    found = [
+        f"{name}={getattr(parallel, name)}"
+        for name in UNTESTED_PARALLEL
         if getattr(parallel, name, 1) > 1
     ]
     if vllm_config.speculative_config is not None:
         found.append("speculative decoding")
-    if "fp8" in str(cache.cache_dtype):
+    if is_untested_cache(cache.cache_dtype):
         found.append(f"an fp8 KV cache (kv_cache_dtype={cache.cache_dtype})")
     for group in kv_cache_config.kv_cache_groups:
         kind = type(group.kv_cache_spec).__name__
@@ -57,7 +51,7 @@ def prepare_settings(vllm_config: Any, kv_cache_config: Any) -> None:
     """
     transfer = vllm_config.kv_transfer_config
     config = engine_config(vllm_config)
-    transfer.kv_load_failure_policy = "recompute"
+    transfer.kv_load_failure_policy = LOAD_FAILURE_POLICY
     name_spec(vllm_config)
     extra = transfer.kv_connector_extra_config
     # The next turn of a conversation contains the answer; vLLM stores prompts only by default.

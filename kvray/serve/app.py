@@ -6,8 +6,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 
-from kvray.actors import TESTED_RAY
+from kvray.actors import TESTED_RAY, refuse_untested_ray
 from kvray.config import EngineConfig
+from kvray.engine.arguments import (
+    CONNECTOR,
+    UNTESTED_PARALLEL,
+    is_untested_cache,
+    transfer_settings,
+)
 from kvray.errors import ConfigError, NotAttachedError
 
 if TYPE_CHECKING:
@@ -16,19 +22,8 @@ if TYPE_CHECKING:
 
     AnyConfig = TypeVar("AnyConfig", bound=LLMConfig)
 
-CONNECTOR_NAME = "KVRayConnector"
-CONNECTOR_MODULE = "kvray.engine.connector"
+CONNECTOR_NAME = CONNECTOR["kv_connector"]
 BACKEND = "kvray.serve.backend:KVRayBackend"
-
-# Engine arguments that the connector refuses, with what they may be. It says so in the log of an
-# engine's process, after the replica has loaded the model, and Serve tries that three times.
-_UNTESTED: Mapping[str, tuple[object, ...]] = {
-    "data_parallel_size": (None, 1),
-    "pipeline_parallel_size": (None, 1),
-    "decode_context_parallel_size": (None, 1),
-    "prefill_context_parallel_size": (None, 1),
-    "speculative_config": (None, {}),
-}
 
 
 def enable(config: "AnyConfig", **settings: object) -> "AnyConfig":
@@ -39,8 +34,8 @@ def enable(config: "AnyConfig", **settings: object) -> "AnyConfig":
     initialized or not. kvray itself is started by `kvray start` or kvray.start(), before or after;
     a replica whose node has no NodeStore says so and serves uncached until it has one.
 
-    Raises ConfigError for an unknown setting or a config that names another connector;
-    NotAttachedError where ray.serve.llm is missing, is of a Ray that was not tested, or the engine
+    Raises ConfigError for an unknown setting, for a config that names another connector,
+    or a Ray that was not tested; NotAttachedError where ray.serve.llm is missing, or the engine
     would be one that kvray refuses.
     """
     require_serve_llm()
@@ -71,8 +66,10 @@ def build_openai_app(arguments: Mapping[str, Any]) -> "Application":
 
 
 def require_serve_llm() -> None:
-    """Raises NotAttachedError where ray.serve.llm can not be imported, or was not tested."""
-    require_tested(ray.__version__)
+    """Raises NotAttachedError where ray.serve.llm can not be imported; ConfigError for a Ray that
+    was not tested: connector backends are an internal interface of it, without promises.
+    """
+    refuse_untested_ray(ray.__version__)
     try:
         import_module("ray.serve.llm")
     except ImportError as exc:
@@ -81,16 +78,6 @@ def require_serve_llm() -> None:
             f"Install it on every node: pip install 'ray[llm]~={TESTED_RAY}.0'. Engines outside "
             "of Ray Serve need nothing of this: see kvray.attach and kvray.enable"
         ) from exc
-
-
-def require_tested(version: str) -> None:
-    """Raises NotAttachedError for a Ray that kvray.serve was not tested with."""
-    if version.split(".")[:2] != TESTED_RAY.split("."):
-        raise NotAttachedError(
-            f"kvray.serve was tested with Ray {TESTED_RAY}; this process runs Ray {version}, whose "
-            "interface for KV connectors may be another one: install "
-            f"'ray[llm]~={TESTED_RAY}.0' on every node"
-        )
 
 
 def transfer_config(
@@ -110,27 +97,26 @@ def transfer_config(
         )
     extra = found.get("kv_connector_extra_config") or {}
     merged = EngineConfig.parse({**extra.get("kvray", {}), **settings})
+    ours = transfer_settings(merged.to_dict())
     return {
-        "kv_role": "kv_both",
         **found,
-        "kv_connector": CONNECTOR_NAME,
-        "kv_connector_module_path": CONNECTOR_MODULE,
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {**extra, "kvray": merged.to_dict()},
+        **ours,
+        "kv_role": found.get("kv_role", ours["kv_role"]),
+        "kv_connector_extra_config": {**extra, **ours["kv_connector_extra_config"]},
     }
 
 
 def refuse_untested(engine_kwargs: Mapping[str, Any]) -> None:
     """Raises NotAttachedError naming each engine argument that kvray.engine.support refuses, as
-    far as arguments tell; what only the model tells is told by the engine.
+    far as arguments tell; what only the model tells is told by the engine. An engine says it in
+    the log of its process, after it has loaded the model, and Serve tries that three times.
     """
-    found = [
-        f"{name}={engine_kwargs[name]!r}"
-        for name, allowed in _UNTESTED.items()
-        if engine_kwargs.get(name) not in allowed
-    ]
-    if "fp8" in str(engine_kwargs.get("kv_cache_dtype", "")):
-        found.append(f"kv_cache_dtype={engine_kwargs['kv_cache_dtype']!r}")
+    refused = [name for name in UNTESTED_PARALLEL if engine_kwargs.get(name) not in (None, 1)]
+    if engine_kwargs.get("speculative_config"):
+        refused.append("speculative_config")
+    if is_untested_cache(engine_kwargs.get("kv_cache_dtype")):
+        refused.append("kv_cache_dtype")
+    found = [f"{name}={engine_kwargs[name]!r}" for name in refused]
     if found:
         raise NotAttachedError(
             f"kvray was not tested with {', '.join(found)}, so it refuses to cache for these "

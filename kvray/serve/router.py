@@ -104,8 +104,8 @@ class KVRayRouter(MultiplexMixin, RequestRouter):
         """The keywords of request_router_kwargs. Only ratios matter: measured values of `kvray
         doctor` (links) and of the engine's log are good enough, and the defaults are those of an
         8B model. device_tokens, slab_tokens: what one device and one node's slab hold. look: for
-        tests, which nodes serve. Raises ConfigError for what is not
-        positive, and for a name that is none of these.
+        tests, which nodes serve. Raises ConfigError for what is not positive, and for a name that
+        is none of these.
         """
         if unknown:
             raise ConfigError(f"KVRayRouter has no setting {', '.join(sorted(unknown))}")

@@ -189,12 +189,11 @@ def _check_links(
     nodes: Sequence[NodeStatus], links: Sequence[LinkMeasurement]
 ) -> Iterable[Finding]:
     """How long a read takes, how fast and which way bytes come, between each two nodes."""
-    facts = {node.node_id: _facts(node) for node in nodes}
     pairs: defaultdict[frozenset[str], list[LinkMeasurement]] = defaultdict(list)
     for link in links:
         pairs[frozenset((link.node_id, link.peer_id))].append(link)
     for ways in pairs.values():
-        judged = [_judge_link(link, facts) for link in ways]
+        judged = [_judge_link(link) for link in ways]
         grade = max((grade for grade, _ in judged), key=list(Grade).index)
         name = f"{ways[0].node_id[:NODE_CHARS]} - {ways[0].peer_id[:NODE_CHARS]}"
         yield Finding(grade, name, "; ".join(text for _, text in judged))
@@ -204,13 +203,13 @@ def _check_links(
         yield Finding(Grade.GOOD, "links", text)
 
 
-def _judge_link(link: LinkMeasurement, facts: Mapping[str, Mapping[str, Any]]) -> tuple[Grade, str]:
+def _judge_link(link: LinkMeasurement) -> tuple[Grade, str]:
     """One way of a link: what was measured, or why nothing was and what to do."""
     name = f"{link.node_id[:NODE_CHARS]} reads"
     match link.outcome:
         case Outcome.MEASURED:
             seen = f"{name} by {_way(link)}: {link.latency_us} us, {link.gb_per_s:.2f} GB/s"
-            doubt = _doubt(link, is_far=_is_far(link, facts))
+            doubt = _doubt(link)
             return (Grade.WARNING, f"{seen}. {doubt}") if doubt else (Grade.GOOD, seen)
         case Outcome.LATE:
             advice = (
@@ -227,7 +226,7 @@ def _judge_link(link: LinkMeasurement, facts: Mapping[str, Mapping[str, Any]]) -
             return Grade.WARNING, f"{name} nothing, it was not measured: {link.reason}"
 
 
-def _doubt(link: LinkMeasurement, *, is_far: bool) -> str:
+def _doubt(link: LinkMeasurement) -> str:
     """What is odd about the way that bytes have come; empty if nothing is."""
     if link.way is Way.UNCLEAR and link.devices:
         return (
@@ -239,7 +238,7 @@ def _doubt(link: LinkMeasurement, *, is_far: bool) -> str:
             "These are two machines, and no counter of the one that reads has seen the bytes: "
             "they came by a device whose counters it can not read"
         )
-    if link.way is Way.TCP and not is_far:
+    if link.way is Way.TCP and not link.is_far:
         return (
             "These are on one machine, and bytes could be copied in memory: UCX needs one pid "
             "namespace, leave to use process_vm_readv, and a UCX_TLS that does not forbid it"
@@ -261,7 +260,7 @@ def _check_rdma(nodes: Sequence[NodeStatus], links: Sequence[LinkMeasurement]) -
     judged = [
         finding
         for link in links
-        if link.outcome is Outcome.MEASURED and _is_far(link, facts)
+        if link.outcome is Outcome.MEASURED and link.is_far
         for finding in _judge_rdma(link, facts)
     ]
     yield from judged
@@ -334,12 +333,6 @@ def _pairs_of_a_model(engines: Sequence[Engine]) -> Iterable[tuple[Engine, Engin
 def _facts(node: NodeStatus) -> Mapping[str, Any]:
     facts: Mapping[str, Any] = node.details.get("host_facts", {})
     return facts
-
-
-def _is_far(link: LinkMeasurement, facts: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether its ends are on two machines."""
-    here, there = (facts.get(end, {}).get("boot_id", end) for end in (link.node_id, link.peer_id))
-    return bool(here != there)
 
 
 def _way(link: LinkMeasurement) -> str:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kvray.engine.attach import transfer_settings
+from kvray.engine.arguments import transfer_settings
 from tests import in_engine, leftovers
 from tests.cluster.hosts import Host, Hosts, remains, running_hosts, wait_for
 from tests.cluster.launcher import TOKEN, Launcher

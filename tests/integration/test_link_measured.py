@@ -5,16 +5,14 @@ Method: two nodes in two network namespaces, joined by TCP. The interface's own 
 other side of it, say what really went over it. A Ray cluster of its own, so a module of its own.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import ray
 
-from benchmarks.fault_link import NAMESPACE, split_nodes
+from benchmarks.fault_link import NAMESPACE
 from kvray.core.way import Outcome, Way
 from kvray.node.measuring import DEADLINE_MS
 from kvray.watch.doctor import Grade, diagnose
-from tests.namespaces import Namespaces, NamespacesError, namespaces
+from tests.namespaces import Namespaces
 from tests.ray_nodes import Nodes, wait_until
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(240)]
@@ -22,29 +20,14 @@ pytestmark = [pytest.mark.heavy, pytest.mark.timeout(240)]
 MAX_OVERHEAD = 1.1  # of TCP and UCX: a header of 66 bytes and acknowledgements
 
 
-@pytest.fixture(scope="module")
-def net() -> Iterator[Namespaces]:
-    try:
-        with namespaces(NAMESPACE) as made:
-            yield made
-    except NamespacesError as exc:
-        pytest.skip(f"no network namespaces here: {exc}")
-
-
-@pytest.fixture(scope="module")
-def nodes(net: Namespaces, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    with split_nodes(net, tmp_path_factory.mktemp("split")) as made:
-        yield made
-
-
 def test_a_link_over_tcp_is_measured_and_its_interface_is_named(
-    nodes: Nodes, net: Namespaces
+    split: Nodes, net: Namespaces
 ) -> None:
     before = net.carried_bytes(NAMESPACE, "data")
-    links = nodes.cluster.measure_links()
+    links = split.cluster.measure_links()
     went_bytes = net.carried_bytes(NAMESPACE, "data") - before
 
-    here, there = sorted(links, key=lambda link: nodes.node_ids.index(link.node_id))
+    here, there = sorted(links, key=lambda link: split.node_ids.index(link.node_id))
     # Node 0 shares its network with the bridge, which counts as well.
     assert here.way is Way.TCP
     assert set(here.devices) <= {net.own_device("data"), *net.bridge_devices(NAMESPACE, "data")}
@@ -52,7 +35,7 @@ def test_a_link_over_tcp_is_measured_and_its_interface_is_named(
     assert (there.way, there.devices) == (Way.TCP, (net.device("data"),))
     read_bytes = here.read_bytes + there.read_bytes
     assert read_bytes <= went_bytes <= MAX_OVERHEAD * read_bytes
-    said = [f.text for f in diagnose(nodes.cluster.status(), links) if " - " in f.check]
+    said = [f.text for f in diagnose(split.cluster.status(), links) if " - " in f.check]
     assert len(said) == 1
     for link in links:
         print(link)  # noqa: T201 (figures for whoever runs this with -s)
@@ -62,17 +45,17 @@ def test_a_link_over_tcp_is_measured_and_its_interface_is_named(
 
 
 def test_a_link_that_is_silent_is_late_and_is_measured_again_when_it_is_healed(
-    nodes: Nodes, net: Namespaces
+    split: Nodes, net: Namespaces
 ) -> None:
-    store, peer = nodes.store(0), nodes.node_ids[1]
+    store, peer = split.store(0), split.node_ids[1]
     net.cut(NAMESPACE, "data")
     try:
         # TCP may give the connection up first, which is another good answer.
         answer = ray.get(store.measure_link.remote(peer, is_far=False), timeout=60)
         assert answer["outcome"] in (Outcome.LATE, Outcome.FAILED), answer
         assert answer["reason"]
-        links = nodes.cluster.measure_links()
-        bad = [f for f in diagnose(nodes.cluster.status(), links) if f.grade is Grade.BAD]
+        links = split.cluster.measure_links()
+        bad = [f for f in diagnose(split.cluster.status(), links) if f.grade is Grade.BAD]
         assert any("reads nothing" in finding.text for finding in bad)
     finally:
         net.heal(NAMESPACE, "data")
@@ -82,5 +65,5 @@ def test_a_link_that_is_silent_is_late_and_is_measured_again_when_it_is_healed(
         return bool(answer["outcome"] == Outcome.MEASURED)
 
     wait_until(is_measured, what="a measurement of the healed link", limit_s=4 * DEADLINE_MS / 1e3)
-    link = nodes.status(0)["link"]
+    link = split.status(0)["link"]
     assert link["measures_in_flight"] == 0

@@ -5,17 +5,15 @@ Method: two nodes in two network namespaces, joined by TCP that is slowed down; 
 node computes, engine B on the near one asks. A Ray cluster of its own, so a module of its own.
 """
 
-from collections.abc import Iterator
-
 import pytest
 
-from benchmarks.fault_link import NAMESPACE, split_nodes
+from benchmarks.fault_link import NAMESPACE
 from kvray.core.reasons import MissReason, tokens_by_reason
 from tests import in_engine
 from tests.conftest import EngineFactory
 from tests.engines import Engine
 from tests.models import tiny
-from tests.namespaces import Namespaces, NamespacesError, namespaces
+from tests.namespaces import Namespaces
 from tests.prompts import full_chunks, prompt_of
 from tests.ray_nodes import Nodes, wait_until
 
@@ -28,27 +26,12 @@ BREAK_EVEN_LIMIT_S = 60.0  # a peer that was late is avoided for a while
 
 
 @pytest.fixture(scope="module")
-def net() -> Iterator[Namespaces]:
-    try:
-        with namespaces(NAMESPACE) as made:
-            yield made
-    except NamespacesError as exc:
-        pytest.skip(f"no network namespaces here: {exc}")
-
-
-@pytest.fixture(scope="module")
-def nodes(net: Namespaces, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    with split_nodes(net, tmp_path_factory.mktemp("split")) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def engines(nodes: Nodes, shared_engine_factory: EngineFactory) -> tuple[Engine, Engine]:
+def engines(split: Nodes, shared_engine_factory: EngineFactory) -> tuple[Engine, Engine]:
     seeded = {"PYTHONHASHSEED": "0"}
     b, a = (
         shared_engine_factory(
             tiny(),
-            kv_transfer_config=nodes.transfer(index, lookup_deadline_ms=DEADLINE_MS),
+            kv_transfer_config=split.transfer(index, lookup_deadline_ms=DEADLINE_MS),
             environment=seeded,
         )
         for index in (0, 1)
@@ -56,13 +39,13 @@ def engines(nodes: Nodes, shared_engine_factory: EngineFactory) -> tuple[Engine,
     return a.ready(), b.ready()
 
 
-def reasons_of(nodes: Nodes, engines: tuple[Engine, Engine], seed: int) -> dict[str, int]:
+def reasons_of(split: Nodes, engines: tuple[Engine, Engine], seed: int) -> dict[str, int]:
     """Why B computed a prompt that A has."""
     a, b = engines
     prompt = prompt_of(TOKENS, seed=seed)
     a.generate(prompt)
     a.call(in_engine.settle)
-    nodes.wait_listed(nodes.keys(1))
+    split.wait_listed(split.keys(1))
     before = b.call(in_engine.settle)["counters"]
     b.generate(prompt)
     after = b.call(in_engine.settle)["counters"]
@@ -71,10 +54,10 @@ def reasons_of(nodes: Nodes, engines: tuple[Engine, Engine], seed: int) -> dict[
 
 
 def test_what_does_not_come_in_time_and_what_is_not_worth_waiting_for(
-    nodes: Nodes, engines: tuple[Engine, Engine], net: Namespaces
+    split: Nodes, engines: tuple[Engine, Engine], net: Namespaces
 ) -> None:
     net.slow_down(NAMESPACE, HOPELESS)
-    late = reasons_of(nodes, engines, seed=1)
+    late = reasons_of(split, engines, seed=1)
     assert late.get(MissReason.DEADLINE, 0) > 0, late
 
     net.slow_down(NAMESPACE, SLOW)
@@ -82,7 +65,7 @@ def test_what_does_not_come_in_time_and_what_is_not_worth_waiting_for(
     seen: list[dict[str, int]] = []
 
     def is_computed_by_choice() -> bool:
-        seen.append(reasons_of(nodes, engines, next(seeds)))
+        seen.append(reasons_of(split, engines, next(seeds)))
         return seen[-1].get(MissReason.BELOW_BREAK_EVEN) == full_chunks(TOKENS)
 
     wait_until(
@@ -91,9 +74,9 @@ def test_what_does_not_come_in_time_and_what_is_not_worth_waiting_for(
         limit_s=BREAK_EVEN_LIMIT_S,
     )
     print(late, seen)  # noqa: T201 (for whoever runs this with -s)
-    told = nodes.cluster.status().miss_tokens
+    told = split.cluster.status().miss_tokens
     assert told["deadline"] > 0
     wait_until(
-        lambda: nodes.cluster.status().miss_tokens.get("below_break_even", 0) > 0,
+        lambda: split.cluster.status().miss_tokens.get("below_break_even", 0) > 0,
         what="B's report",
     )

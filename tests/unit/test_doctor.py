@@ -19,7 +19,6 @@ RDMA: dict[str, Any] = {
     "has_verbs": False,
     "ucx_settings": {"UCX_TLS": "tcp"},
 }
-FAR: dict[str, Any] = {"boot_id": "another"}
 
 
 def bad(status: ClusterStatus) -> list[Finding]:
@@ -28,14 +27,14 @@ def bad(status: ClusterStatus) -> list[Finding]:
 
 def link(node: str, peer: str, way: Way | None = Way.TCP, **fields: Any) -> LinkMeasurement:
     measured = {"latency_us": 180, "gb_per_s": 2.5, "devices": ("eth0",), "read_bytes": 40 << 20}
-    ends = {"node_id": node * 56, "peer_id": peer * 56}
+    ends = {"node_id": node * 56, "peer_id": peer * 56, "is_far": way is not Way.CMA}
     return LinkMeasurement(
         **{"outcome": Outcome.MEASURED, "way": way, **ends, **measured, **fields}
     )
 
 
 def unmeasured(outcome: Outcome, reason: str) -> LinkMeasurement:
-    return LinkMeasurement("a" * 56, "b" * 56, outcome, reason)
+    return LinkMeasurement("a" * 56, "b" * 56, is_far=True, outcome=outcome, reason=reason)
 
 
 def of_links(status: ClusterStatus, *links: LinkMeasurement, rdma: bool = False) -> list[Finding]:
@@ -102,7 +101,7 @@ def test_a_slab_that_is_not_locked_and_a_host_that_is_nearly_full_are_warned_of(
 
 
 def test_a_link_is_told_in_both_directions_as_it_was_measured() -> None:
-    status = cluster(node("a"), node("b", **FAR))
+    status = cluster(node("a"), node("b"))
     there = link("a", "b")
     back = link("b", "a", latency_us=200, gb_per_s=1.25, devices=("eth0", "eth1"))
     (finding,) = of_links(status, there, back)
@@ -141,27 +140,27 @@ def test_a_link_that_was_not_measured_says_why_and_what_to_do(
 
 
 @pytest.mark.parametrize(
-    ("facts", "way", "devices", "doubt"),
+    ("is_far", "way", "devices", "doubt"),
     [
-        ({}, Way.TCP, ("lo",), "process_vm_readv"),
-        ({}, Way.CMA, (), ""),
-        (FAR, Way.TCP, ("eth0",), ""),
-        (FAR, Way.RDMA, ("mlx5_0/1",), ""),
-        (FAR, Way.UNCLEAR, ("mlx5_0/1", "ib0"), "TCP over InfiniBand"),
-        (FAR, Way.UNCLEAR, (), "no counter"),
+        (False, Way.TCP, ("lo",), "process_vm_readv"),
+        (False, Way.CMA, (), ""),
+        (True, Way.TCP, ("eth0",), ""),
+        (True, Way.RDMA, ("mlx5_0/1",), ""),
+        (True, Way.UNCLEAR, ("mlx5_0/1", "ib0"), "TCP over InfiniBand"),
+        (True, Way.UNCLEAR, (), "no counter"),
     ],
 )
 def test_a_way_that_is_odd_is_warned_of(
-    facts: dict[str, Any], way: Way, devices: tuple[str, ...], doubt: str
+    *, is_far: bool, way: Way, devices: tuple[str, ...], doubt: str
 ) -> None:
-    status = cluster(node("a"), node("b", **facts))
-    (finding,) = of_links(status, link("a", "b", way, devices=devices))
+    status = cluster(node("a"), node("b"))
+    (finding,) = of_links(status, link("a", "b", way, devices=devices, is_far=is_far))
     assert (finding.grade is Grade.WARNING) == bool(doubt)
     assert doubt in finding.text
 
 
 def test_rdma_that_could_be_used_and_is_not_is_bad_and_says_what_to_look_at() -> None:
-    status = cluster(node("a", **RDMA), node("b", **FAR, **RDMA, memlock_bytes=-1))
+    status = cluster(node("a", **RDMA), node("b", **RDMA, memlock_bytes=-1))
     (finding,) = of_links(status, link("a", "b"), rdma=True)
     assert finding.grade is Grade.BAD
     for expected in (
@@ -177,14 +176,14 @@ def test_rdma_that_could_be_used_and_is_not_is_bad_and_says_what_to_look_at() ->
 
 
 def test_rdma_that_is_used_is_good() -> None:
-    status = cluster(node("a", **RDMA), node("b", **FAR, **RDMA))
+    status = cluster(node("a", **RDMA), node("b", **RDMA))
     (finding,) = of_links(status, link("a", "b", Way.RDMA, devices=("mlx5_0/1",)), rdma=True)
     assert finding.grade is Grade.GOOD
     assert "by rdma (mlx5_0/1)" in finding.text
 
 
 def test_a_host_without_an_rdma_device_is_named_and_not_bad() -> None:
-    status = cluster(node("a", **RDMA), node("b", **FAR))
+    status = cluster(node("a", **RDMA), node("b"))
     (finding,) = of_links(status, link("a", "b"), rdma=True)
     assert finding.grade is Grade.WARNING
     assert "no RDMA device on bbbbbbbb" in finding.text
@@ -193,14 +192,14 @@ def test_a_host_without_an_rdma_device_is_named_and_not_bad() -> None:
 @pytest.mark.parametrize(
     ("status", "links", "expected"),
     [
-        (cluster(node("a"), node("b", **FAR)), [link("a", "b")], "no node has an RDMA device"),
+        (cluster(node("a"), node("b")), [link("a", "b")], "no node has an RDMA device"),
         (
             cluster(node("a", **RDMA), node("b", **RDMA)),
             [link("a", "b", Way.CMA, devices=())],
             "no link between two machines",
         ),
         (
-            cluster(node("a", **RDMA), node("b", **FAR, **RDMA)),
+            cluster(node("a", **RDMA), node("b", **RDMA)),
             [unmeasured(Outcome.LATE, "no answer")],
             "no link between two machines",
         ),

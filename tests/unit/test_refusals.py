@@ -50,9 +50,9 @@ def cache_config(spec: type = FullAttentionSpec) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"data_parallel_size": 2}, "data parallel"),
-        ({"pipeline_parallel_size": 2}, "pipeline parallel"),
-        ({"decode_context_parallel_size": 2}, "context parallel"),
+        ({"data_parallel_size": 2}, "data_parallel_size=2"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2"),
+        ({"decode_context_parallel_size": 2}, "decode_context_parallel_size=2"),
         ({"speculative_config": object()}, "speculative decoding"),
         ({"cache_dtype": "fp8_e5m2"}, "fp8 KV cache"),
     ],

@@ -164,6 +164,7 @@ function say(text, isBad) {
 }
 
 function draw(feed) {
+  $("state").dataset.atS = feed.at_s;
   const data = feed.latest;
   if (feed.silence) say(feed.silence, true);
   else if (!data) say("waiting for the first status", false);
@@ -185,9 +186,7 @@ async function look() {
   try {
     const answer = await fetch("data", { cache: "no-store" });
     if (!answer.ok) throw new Error(`status ${answer.status}`);
-    const feed = await answer.json();
-    draw(feed);
-    window.kvraySeen = feed.at_s; // for who drives this page by a script
+    draw(await answer.json());
   } catch (error) {
     say(`the page's server does not answer: ${error.message}`, true);
   }
