@@ -30,7 +30,7 @@ pytest = $(1)/bin/python -m tests.contained --limit-s $(2) -- $(1)/bin/python -m
 help:
 	@echo 'make demo          two nodes, two engines, one document (installs what it needs first)'
 	@echo 'make demo-serve    the same with two replicas of Ray Serve LLM, over HTTP'
-	@echo 'make test          unit, property, contract and integration tests, under 20 minutes'
+	@echo 'make test          unit, property, contract and integration tests, under half an hour'
 	@echo 'make test-all      make test, and what is slower'
 	@echo 'make test-cluster  ray up and down with ray_cluster.yaml on three hosts made of namespaces'
 	@echo 'make test-ray-llm  the engine tests with the pair of ray[llm], and Ray Serve LLM'

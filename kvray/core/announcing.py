@@ -226,7 +226,7 @@ class Announcing:
         if self.state is AnnouncingState.GREETING:
             # The time of day when this epoch was chosen, which is not below it: so a directory that
             # has never seen a greater one has no reason to ask for another, and another link.
-            return NodeHello(self.info, self._born_ms)
+            return NodeHello(self.info, self._born_ms, self._sequence)
         self._sequence += 1
         self.counters["announces"] += 1
         if self._set is not None:

@@ -133,10 +133,9 @@ class DirectoryCore:
             if welcome.fresh:
                 self._roster.note_use()
                 self._admit(member)
-            else:
-                mirror = self._mirrors[member.node_id]
-                mirror.restart()
-                mirror.show(last=False)
+            mirror = self._mirrors[member.node_id]
+            mirror.restart(hello.sequence)
+            mirror.show(last=False)
             period_ms = self._roster.tell_period(member)
             self._note(member)
         return NodeHelloReply(

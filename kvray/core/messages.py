@@ -235,11 +235,13 @@ class NodeInfo(msgspec.Struct, frozen=True, tag="node_info"):
 
 class NodeHello(msgspec.Struct, frozen=True, tag="node_hello"):
     """wall_clock_ms: at the start of this NodeStore, the same in each hello of its life. So a node
-    that says hello to a new directory keeps its epoch.
+    that says hello to a new directory keeps its epoch. sequence: of its last announce in this
+    epoch; the next one has the next number. What it said before is void, however late it comes.
     """
 
     info: NodeInfo
     wall_clock_ms: int
+    sequence: int = 0
 
 
 class NodeHelloReply(msgspec.Struct, frozen=True, tag="node_hello_reply"):

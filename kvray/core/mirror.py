@@ -85,9 +85,11 @@ class Mirror:
         self._want_what_fits_now()
         return True
 
-    def restart(self) -> None:
-        """The node has said hello again: it may count from 1, or go on."""
-        self.sequence = 0
+    def restart(self, sequence: int) -> None:
+        """The node has said hello, after the announce with this number. What it said up to there is
+        void: a part of a set that came late would be collected, and no other would follow it.
+        """
+        self.sequence = sequence
         self._want()
 
     def drop(self) -> None:

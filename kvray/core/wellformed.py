@@ -290,6 +290,7 @@ def _check_node_info(m: NodeInfo) -> None:
 def _check_node_hello(m: NodeHello) -> None:
     _check_node_info(m.info)
     _number("wall_clock_ms", m.wall_clock_ms, MAX_EPOCH)
+    _number("sequence", m.sequence, MAX_U64 - 1)
 
 
 def _check_node_hello_reply(m: NodeHelloReply) -> None:

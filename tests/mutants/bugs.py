@@ -404,6 +404,12 @@ BUGS: tuple[Mutant, ...] = (
         tested("tests/unit/test_directory.py"),
     ),
     Mutant(
+        "what was said before a hello counts after it",
+        "kvray.core.mirror",
+        (("        self.sequence = sequence\n", "        self.sequence = 0\n"),),
+        tested("tests/unit/test_directory.py"),
+    ),
+    Mutant(
         "a gap in the numbers is not noticed",
         "kvray.core.mirror",
         (

@@ -195,7 +195,11 @@ class DirectoryMachine(RuleBasedStateMachine):
         process = self.living[index]
         assert process is not None
         for _ in range(3):
-            hello = NodeHello(info=process.info, wall_clock_ms=process.wall_clock_ms)
+            hello = NodeHello(
+                info=process.info,
+                wall_clock_ms=process.wall_clock_ms,
+                sequence=process.sequence,
+            )
             reply = self.directory.on_hello(hello, self.now_ms)
             wire(reply)
             if reply.accepted_epoch == process.info.epoch:

@@ -105,10 +105,12 @@ class Node:
         self.sequence = 0
         self.roster_version = 0
 
-    def hello(self, *, epoch: int | None = None, wall_clock_ms: int = 0) -> NodeHelloReply:
+    def hello(
+        self, *, epoch: int | None = None, wall_clock_ms: int = 0, sequence: int = 0
+    ) -> NodeHelloReply:
         if epoch is not None:
             self.info = msgspec.structs.replace(self.info, epoch=Epoch(epoch))
-        hello = NodeHello(info=self.info, wall_clock_ms=wall_clock_ms)
+        hello = NodeHello(self.info, wall_clock_ms, sequence)
         reply = self.cluster.core.on_hello(sent(hello), self.cluster.now_ms)
         self.cluster.core.check()
         return sent(reply)
@@ -272,6 +274,18 @@ def test_after_a_repeated_hello_a_node_may_count_from_one_again() -> None:
     assert reader.locate(A, B, C) == [(0, "a", 1), (1, "a", 1), (2, "a", 1)]
     assert node.part(1, C, last=True) is OK
     assert reader.locate(A, B, C) == [(2, "a", 1)]
+
+
+def test_a_part_that_comes_after_the_next_hello_is_void() -> None:
+    """Found by the property test: it was collected, and no other part ever followed it."""
+    cluster = Cluster()
+    node, reader = Node(cluster, "a").join(A), Node(cluster, "b").join()
+    late = msgspec.structs.replace(node.lose(A), resync_part=1)
+    node.hello(sequence=node.sequence)
+    node.send(late)
+    assert node.announce(B) is RESYNC, "the set is wanted since the hello"
+    assert node.part(1, A, B, last=True) is OK
+    assert reader.locate(A, B) == [(0, "a", 1), (1, "a", 1)]
 
 
 def test_a_new_directory_learns_all_and_the_nodes_keep_their_epochs() -> None:
