@@ -32,6 +32,7 @@ from kvray.core.messages import (
     NodeHello,
     NodeHelloReply,
     NodeInfo,
+    RosterNews,
 )
 from kvray.core.roster import QUIET_AFTER_MS
 from kvray.core.slots import Block
@@ -283,7 +284,7 @@ class Announcing:
             return []  # no answer to what was said: said again with the next heartbeat
         self.state = AnnouncingState.JOINED
         self._was_heard = True
-        self._take_roster(reply.roster, reply.roster_version)
+        self._take_roster(reply.roster_version, reply.roster)
         self._told_engines = None
         # Whatever is READY will be asked for.
         self._store.forget_changes()
@@ -318,8 +319,8 @@ class Announcing:
         if said.engines is not None:
             self._told_engines = said.engines
         self.split = frozenset(reply.split)
-        if reply.roster is not None:
-            self._take_roster(reply.roster, reply.roster_version)
+        if reply.news is not None:
+            self._follow_roster(reply.news, reply.roster_version)
         if reply.status is AnnounceStatus.RESYNC:
             self._begin_resync(now_ms)
         self._take_hints(reply, now_ms)
@@ -341,17 +342,33 @@ class Announcing:
     def _rename(self, epoch: Epoch, reason: Log) -> list[AnnouncingCommand]:
         self.state = AnnouncingState.LINKING
         self._set = None
-        self._take_roster([], 0)
+        self._take_roster(0, [])
         return [reason, Log(f"epoch {self.info.epoch} becomes {epoch}"), TakeEpoch(epoch)]
 
-    def _take_roster(self, roster: list[NodeInfo], version: int) -> None:
+    def _take_roster(self, version: int, infos: list[NodeInfo]) -> None:
+        self.roster = {}
+        self._change_roster(version, infos)
+
+    def _follow_roster(self, news: RosterNews, version: int) -> None:
+        if news.since not in (0, self._roster_version):
+            self._roster_version = 0  # no news of what is known here: all of it next time
+        elif news.since == 0:
+            self._take_roster(version, news.joined)
+        else:
+            left = set(news.left)
+            self.roster = {name: info for name, info in self.roster.items() if name not in left}
+            self._change_roster(version, news.joined)
+
+    def _change_roster(self, version: int, infos: list[NodeInfo]) -> None:
         """Nodes of another format can not be read from, and are left out."""
         self._roster_version = version
-        self.roster = {
-            info.node_id: info
-            for info in roster
-            if info.node_id != self.info.node_id and info.format_version == FORMAT_VERSION
-        }
+        for info in infos:
+            if info.node_id == self.info.node_id:
+                continue
+            if info.format_version == FORMAT_VERSION:
+                self.roster[info.node_id] = info
+            else:
+                self.roster.pop(info.node_id, None)
         self.roster_changed = True
 
     # -- private ---------------------------------------------------------------------------------

@@ -269,14 +269,13 @@ class DirectoryCore:
         period_ms = self._roster.period_ms
         if member is not None:
             period_ms = self._roster.tell_period(member)
-        is_current = announce.roster_version == self._roster.version
         uses = self._uses.pop(announce.node_id, None) if member is not None else None
         return AnnounceReply(
             status=status,
             term=self._term,
             roster_version=self._roster.version,
             heartbeat_period_ms=period_ms,
-            roster=None if is_current or member is None else self._roster.infos(),
+            news=self._roster.news(announce.roster_version) if member is not None else None,
             read=uses.keys() if uses is not None else b"",
             spare=self._spare(member, announce.doubtful) if member is not None else b"",
             split=self._families.split,

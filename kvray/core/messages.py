@@ -297,6 +297,17 @@ class AnnounceStatus(IntEnum):
     UNKNOWN = 3  # say NodeHello first
 
 
+class RosterNews(msgspec.Struct, frozen=True):
+    """What has changed on the roster since version `since`; 0: since it was empty.
+
+    joined: who is on it now and was not, or not with this info. left: who is on it no more.
+    """
+
+    since: int
+    joined: list[NodeInfo]
+    left: list[NodeId] = []
+
+
 class AnnounceReply(msgspec.Struct, frozen=True, tag="announce_reply"):
     """The home of a block is the node that has had it for longest, as far as the directory knows:
     so of those who have it exactly one keeps it, and hears of its use. Both are hints.
@@ -310,7 +321,7 @@ class AnnounceReply(msgspec.Struct, frozen=True, tag="announce_reply"):
     term: Term
     roster_version: int
     heartbeat_period_ms: int
-    roster: list[NodeInfo] | None = None  # only if it differs from the node's version
+    news: RosterNews | None = None  # only if roster_version differs from the node's
     read: bytes = b""
     spare: bytes = b""
     split: list[str] = []

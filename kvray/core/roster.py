@@ -25,7 +25,13 @@ from enum import Enum
 from typing import Any
 
 from kvray.core.ids import Epoch, NodeId
-from kvray.core.messages import MAX_EPOCH, MAX_PERIOD_MS, NodeInfo
+from kvray.core.messages import (
+    MAX_EPOCH,
+    MAX_PERIOD_MS,
+    MAX_ROSTER_NODES,
+    NodeInfo,
+    RosterNews,
+)
 
 # A heartbeat is a Ray call, which takes about 1 ms of CPU at each of its ends: every 300 ms it is
 # 0.3 % of a core for a node, and as much for the directory, for each node. A loss is noticed in 1
@@ -39,6 +45,7 @@ QUIET_AFTER_MS = 5_000  # without any use: a pause between two requests is no en
 SUSPECT_PERIODS, SUSPECT_MS = 3, 1_000  # whichever is longer: two heartbeats may be lost
 BURY_PERIODS, BURY_MS = 5, 1_500  # > a NodeStore's worst pause; a wrong burial costs misses
 MAX_STEP_MS = 400  # <= SUSPECT_MS - 2 heartbeats of a small cluster: a pause makes no suspects
+MAX_CHANGES = MAX_ROSTER_NODES  # remembered, a node's last: who has missed more hears of all nodes
 MAX_GONE = 4_096  # nodes off the roster that are remembered, the oldest forgotten first
 
 
@@ -91,7 +98,11 @@ def heartbeat_period_ms(node_count: int, *, is_quiet: bool = False) -> int:
 
 
 class Roster:
-    """Membership, without what the members have. `version` grows with every change of `infos`."""
+    """Membership, without what the members have. `version` grows with every change of `infos`.
+
+    While a thousand nodes join, each of them hears of each other one once: the changes since a
+    version are told, not the whole roster with each heartbeat.
+    """
 
     def __init__(self, *, max_nodes: int, quiet_after_ms: int = QUIET_AFTER_MS) -> None:
         self.version = 1
@@ -99,6 +110,8 @@ class Roster:
         self._quiet_after_ms = quiet_after_ms
         self._listed: dict[NodeId, Member] = {}
         self._gone: dict[NodeId, Member] = {}  # EXPECTED and BURIED, the latest last
+        self._changes: dict[NodeId, int] = {}  # the version of a node's last, the latest last
+        self._forgotten = 0  # changes up to this version are not all in there
         self._now_ms: int | None = None  # of the last event, by the caller's clock
         self._clock_ms = 0  # the directory's own time
         self._used_ms = 0
@@ -129,6 +142,23 @@ class Roster:
     def infos(self) -> list[NodeInfo]:
         return [member.info for member in self._listed.values() if member.info]
 
+    def news(self, since: int) -> RosterNews | None:
+        """For who knows version `since` of this very roster; 0: for who knows none."""
+        if since == self.version:
+            return None
+        if not max(self._forgotten, 1) <= since < self.version:
+            return RosterNews(0, self.infos())
+        joined, left = [], []
+        for node_id, version in reversed(self._changes.items()):
+            if version <= since:
+                break
+            member = self._listed.get(node_id)
+            if member is None:
+                left.append(node_id)
+            elif member.info is not None:
+                joined.append(member.info)
+        return RosterNews(since, joined, left)
+
     def members(self) -> list[Member]:
         """Those on the roster."""
         return list(self._listed.values())
@@ -158,7 +188,7 @@ class Roster:
         self._listed[info.node_id] = member
         member.info = info
         self._hear(member)
-        self.version += 1
+        self._note_change(member)
         return Welcome(asked, admitted=True, fresh=True)
 
     def hear(self, member: Member) -> bool:
@@ -198,7 +228,14 @@ class Roster:
         del self._listed[member.node_id]
         member.state = NodeState.BURIED
         self._remember(member)
+        self._note_change(member)
+
+    def _note_change(self, member: Member) -> None:
         self.version += 1
+        self._changes.pop(member.node_id, None)
+        self._changes[member.node_id] = self.version
+        if len(self._changes) > MAX_CHANGES:
+            self._forgotten = self._changes.pop(next(iter(self._changes)))
 
     def _hear(self, member: Member) -> None:
         member.heard_ms = self._clock_ms
@@ -236,6 +273,10 @@ class Roster:
         assert len(self._listed) <= self._max_nodes
         assert len(self._gone) <= MAX_GONE
         assert not self._listed.keys() & self._gone.keys(), "on the roster and off it"
+        assert len(self._changes) <= MAX_CHANGES
+        versions = list(self._changes.values())
+        assert versions == sorted(set(versions)), "changes out of order"
+        assert all(self._forgotten < version <= self.version for version in versions)
         for node_id, member in self._listed.items():
             assert member.is_listed, "a buried node is on the roster"
             assert member.info is not None

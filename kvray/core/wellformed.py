@@ -265,9 +265,9 @@ def _check_op(m: Bye | Ack) -> None:
 # -- NodeStore and directory -------------------------------------------------------------------
 
 
-def _roster(roster: list[NodeInfo]) -> None:
+def _roster(name: str, roster: list[NodeInfo]) -> None:
     if len(roster) > MAX_ROSTER_NODES:
-        raise RemoteProtocolError(f"roster has {len(roster)} nodes; at most {MAX_ROSTER_NODES}")
+        raise RemoteProtocolError(f"{name} has {len(roster)} nodes; at most {MAX_ROSTER_NODES}")
     for info in roster:
         _check_node_info(info)
 
@@ -298,7 +298,7 @@ def _check_node_hello_reply(m: NodeHelloReply) -> None:
     _number("accepted_epoch", m.accepted_epoch, MAX_EPOCH)
     _number("roster_version", m.roster_version, MAX_U64)
     _number("heartbeat_period_ms", m.heartbeat_period_ms, MAX_PERIOD_MS, least=1)
-    _roster(m.roster)
+    _roster("roster", m.roster)
 
 
 def _check_announce(m: Announce) -> None:
@@ -326,8 +326,12 @@ def _check_announce_reply(m: AnnounceReply) -> None:
     _number("term", m.term, MAX_EPOCH)
     _number("roster_version", m.roster_version, MAX_U64)
     _number("heartbeat_period_ms", m.heartbeat_period_ms, MAX_PERIOD_MS, least=1)
-    if m.roster is not None:
-        _roster(m.roster)
+    if m.news is not None:
+        _number("news.since", m.news.since, MAX_U64)
+        _roster("news.joined", m.news.joined)
+        _number("the count of news.left", len(m.news.left), MAX_ROSTER_NODES)
+        for node_id in m.news.left:
+            _text("news.left", node_id, MAX_NAME_BYTES)
     _rows("read", m.read, KEY_BYTES, MAX_READ_KEYS)
     _rows("spare", m.spare, KEY_BYTES, MAX_DOUBTFUL_KEYS)
     _number("the count of split models", len(m.split), MAX_SPLIT_MODELS)

@@ -367,7 +367,25 @@ BUGS: tuple[Mutant, ...] = (
         ),
         tested("tests/unit/test_directory.py"),
     ),
+    Mutant(
+        "who has left the roster is still known to a node",
+        "kvray.core.announcing",
+        (("            left = set(news.left)\n", "            left = set[NodeId]()\n"),),
+        tested("tests/unit/test_announcing.py"),
+    ),
+    Mutant(
+        "news of a roster that a node does not know are believed",
+        "kvray.core.announcing",
+        (("if news.since not in (0, self._roster_version):", "if False:"),),
+        tested("tests/unit/test_announcing.py"),
+    ),
     # -- the directory ---------------------------------------------------------------------------
+    Mutant(
+        "a change of the roster is told to nobody who has missed one before",
+        "kvray.core.roster",
+        (("            if version <= since:\n", "            if version <= self.version - 1:\n"),),
+        tested("tests/unit/test_directory.py"),
+    ),
     Mutant(
         "an announce of a lower epoch is believed",
         "kvray.core.directory",

@@ -58,6 +58,7 @@ from kvray.core.messages import (
     Report,
     Reserve,
     ReserveReply,
+    RosterNews,
     Unpin,
 )
 from kvray.core.reasons import MissReason
@@ -249,7 +250,8 @@ messages: st.SearchStrategy[Message] = st.one_of(
         term=epochs,
         roster_version=u64,
         heartbeat_period_ms=periods,
-        roster=st.none() | rosters,
+        news=st.none()
+        | st.builds(RosterNews, since=u64, joined=rosters, left=st.lists(names, max_size=3)),
         read=keys,
         spare=keys,
         split=st.lists(names, max_size=3),

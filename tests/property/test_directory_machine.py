@@ -68,6 +68,8 @@ class Process:
     sequence: int = 0
     term: Term | None = None  # of the directory that has admitted it
     generation: int = 0
+    roster: dict[NodeId, NodeInfo] = field(default_factory=dict)
+    roster_version: int = 0
 
     def store(self, key: BlockKey) -> None:
         self.generation += 1
@@ -110,7 +112,7 @@ class Process:
             epoch=self.info.epoch,
             term=self.term,
             sequence=self.sequence,
-            roster_version=0,
+            roster_version=self.roster_version,
             adds=pack_entries(
                 (key, SlotIndex(slot), 9, Generation(generation), Origin.ORIGINAL)
                 for key, (slot, generation) in rows
@@ -123,10 +125,23 @@ class Process:
     def on_reply(self, announce: Announce, reply: AnnounceReply, part_count: int) -> None:
         if (announce.epoch, announce.term) != (self.info.epoch, self.term):
             return  # an answer to what was said in a life before
+        self.follow(reply)
         if reply.status is AnnounceStatus.RESYNC and announce.sequence >= self.resync_sequence:
             self.due_part_count = part_count
         elif reply.status in (AnnounceStatus.BURIED, AnnounceStatus.UNKNOWN):
             self.term = None
+
+    def follow(self, reply: AnnounceReply) -> None:
+        """Replies may overtake each other here: news of another version is no news."""
+        news = reply.news
+        if news is None or news.since not in (0, self.roster_version):
+            return
+        if news.since == 0:
+            self.roster = {}
+        for node_id in news.left:
+            self.roster.pop(node_id, None)  # it may have come and gone meanwhile
+        self.roster |= {info.node_id: info for info in news.joined}
+        self.roster_version = reply.roster_version
 
 
 def wire(message: ControlMessage) -> ControlMessage:
@@ -210,6 +225,8 @@ class DirectoryMachine(RuleBasedStateMachine):
             raise AssertionError("never admitted")
         assert process.info in reply.roster
         process.term = reply.term
+        process.roster = {info.node_id: info for info in reply.roster}
+        process.roster_version = reply.roster_version
         process.due_part_count, process.parts = 0, []
         name = (process.info.node_id, process.info.epoch)
         self.histories[name] = process.history
@@ -305,6 +322,20 @@ class DirectoryMachine(RuleBasedStateMachine):
                 history = self.histories[found.node_id, found.epoch]
                 assert (key, (found.slot, found.generation)) in history, "a place that never was"
         assert self.directory.snapshot()["catalogue"]["rows"] <= self.max_entries
+
+    @invariant()
+    def who_knows_a_version_of_the_roster_knows_that_roster(self) -> None:
+        if self.core is None:
+            return
+        snapshot = self.directory.snapshot()
+        roster = {info.node_id: info for info in self.directory.roster()}
+        for process in self.living:
+            if (
+                process is not None
+                and process.term == self.term
+                and process.roster_version == snapshot["roster_version"]
+            ):
+                assert process.roster == roster
 
     @rule(index=nodes)
     def locate(self, index: int) -> None:

@@ -3,15 +3,15 @@
 import msgspec
 
 from kvray.core.ids import NodeId
-from kvray.core.messages import Announce, NodeHello
+from kvray.core.messages import Announce, AnnounceReply, NodeHello, RosterNews
 from kvray.core.roster import (
     LARGE_CLUSTER_NODES,
     LARGE_CLUSTER_PERIOD_MS,
     QUIET_AFTER_MS,
     QUIET_PERIOD_MS,
 )
-from tests.nodes import Cluster, Engine
-from tests.shells import key
+from tests.nodes import Cluster, Engine, Node
+from tests.shells import Slab, key
 
 
 def the_announce(cluster: Cluster) -> tuple[int, Announce]:
@@ -95,3 +95,50 @@ def test_an_answer_that_comes_twice_acknowledges_one_announce_only() -> None:
     cluster.now_ms += 1_000
     node.tick()
     assert the_announce(cluster)[1] == second
+
+
+def peers_of(node: Node) -> int:
+    count: int = node.core.snapshot()["announcing"]["peers"]
+    return count
+
+
+def test_a_node_hears_who_comes_and_who_goes_and_of_nobody_else() -> None:
+    """Goal: the news of a roster of thousands are as long as what has changed on it."""
+    cluster = Cluster.of("a", "b", "c")
+    node = cluster["a"]
+    assert peers_of(node) == 2
+
+    cluster.kill("c")
+    cluster.pass_ms(5_000)
+    assert peers_of(node) == 1
+    cluster.start("d", Slab("d"))
+    cluster.pass_ms(2_000)
+    assert peers_of(node) == 2
+    assert cluster.directory is not None
+    version = node.core.snapshot()["announcing"]["roster_version"]
+    assert cluster.directory.snapshot()["roster_version"] == version
+    node.core.check()
+
+
+def test_news_that_begin_elsewhere_are_no_news() -> None:
+    """Goal: whatever a directory says of a roster that this node does not know, it asks for all."""
+    cluster = Cluster.of("a", "b")
+    node = cluster["a"]
+    cluster.now_ms += 1_000
+    node.tick()
+    call_id, announce = the_announce(cluster)
+    reply = cluster.ask(announce)
+    assert isinstance(reply, AnnounceReply)
+    del node.calls[call_id]
+    strange = RosterNews(announce.roster_version + 7, [], [NodeId("b")])
+    reply = msgspec.structs.replace(reply, roster_version=announce.roster_version + 8, news=strange)
+    node.do(node.core.on_directory_reply(call_id, reply, cluster.now_ms))
+    assert peers_of(node) == 1, "believed"
+
+    cluster.now_ms += 1_000
+    node.tick()
+    call_id, announce = the_announce(cluster)
+    assert announce.roster_version == 0
+    node.answer_call(call_id)
+    assert peers_of(node) == 1
+    assert node.core.snapshot()["announcing"]["roster_version"] > 0

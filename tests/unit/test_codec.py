@@ -77,6 +77,7 @@ from kvray.core.messages import (
     Report,
     Reserve,
     ReserveReply,
+    RosterNews,
     Unpin,
 )
 from kvray.errors import RemoteProtocolError, VersionMismatchError
@@ -159,6 +160,7 @@ ANNOUNCE_REPLY = AnnounceReply(
     term=Term(1),
     roster_version=3,
     heartbeat_period_ms=200,
+    news=RosterNews(2, [INFO], [NodeId("node-b")]),
     read=pack_keys(KEYS),
     spare=pack_keys(KEYS),
 )
@@ -304,7 +306,10 @@ BROKEN: list[tuple[Message, str]] = [
     with_(ANNOUNCE_REPLY, term=-1),
     with_(ANNOUNCE_REPLY, roster_version=-1),
     with_(ANNOUNCE_REPLY, heartbeat_period_ms=60_001),
-    with_(ANNOUNCE_REPLY, roster=[INFO] * (MAX_ROSTER_NODES + 1)),
+    with_(ANNOUNCE_REPLY, news=RosterNews(0, [INFO] * (MAX_ROSTER_NODES + 1))),
+    with_(ANNOUNCE_REPLY, news=RosterNews(1, [], [NodeId("b")] * (MAX_ROSTER_NODES + 1))),
+    with_(ANNOUNCE_REPLY, news=RosterNews(1, [], [NodeId("b" * (MAX_NAME_BYTES + 1))])),
+    with_(ANNOUNCE_REPLY, news=RosterNews(-1, [])),
     with_(LOCATE, node_id="x" * 256),
     with_(LOCATE, epoch=-1),
     with_(LOCATE, keys=bytes(16 * (MAX_LOCATE_KEYS + 1))),

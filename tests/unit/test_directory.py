@@ -44,11 +44,14 @@ from kvray.core.messages import (
     NodeHello,
     NodeHelloReply,
     NodeInfo,
+    RosterNews,
 )
 from kvray.core.roster import (
+    MAX_CHANGES,
     MAX_GONE,
     QUIET_AFTER_MS,
     QUIET_PERIOD_MS,
+    Roster,
     heartbeat_period_ms,
 )
 
@@ -592,14 +595,38 @@ def test_the_roster_is_sent_to_those_who_do_not_have_it() -> None:
     node = Node(cluster, "a").join()
     first = node.send(node.say())
     node.roster_version = first.roster_version
-    assert first.roster == [node.info]
-    assert node.send(node.say()).roster is None
+    assert first.news == RosterNews(0, [node.info]), "who knows nothing hears all"
+    assert node.send(node.say()).news is None
     other = Node(cluster, "b").join()
     second = node.send(node.say())
+    assert second.news == RosterNews(first.roster_version, [other.info])
     node.roster_version = second.roster_version
-    assert second.roster == [node.info, other.info]
+    third = Node(cluster, "c").join()
     cluster.core.on_bye(other.info.node_id, other.info.epoch)
-    assert node.send(node.say()).roster == [node.info]
+    news = node.send(node.say()).news
+    assert news == RosterNews(second.roster_version, [third.info], [other.info.node_id])
+
+
+def test_who_has_missed_too_much_hears_the_whole_roster() -> None:
+    """Goal: what is remembered of changes is bounded, and whoever needs more hears all."""
+    cluster, roster = Cluster(), Roster(max_nodes=10)
+    roster.advance(0)
+    stays = Node(cluster, "stays").info
+    roster.hello(stays, 0)
+    known = roster.version
+    names = [f"n{number}" for number in range(MAX_CHANGES - 1)]
+    for name in names:
+        roster.hello(Node(cluster, name).info, 0)
+        member = roster.find(NodeId(name))
+        assert member is not None
+        roster.bury(member)
+    assert roster.news(known) == RosterNews(known, [], [NodeId(name) for name in reversed(names)])
+    later = [Node(cluster, name).info for name in ("later", "last")]
+    for info in later:
+        roster.hello(info, 0)
+    assert roster.news(known) == RosterNews(0, [stays, *later])
+    assert roster.news(roster.version - 1) == RosterNews(roster.version - 1, [later[-1]])
+    roster.check()
 
 
 def test_a_full_roster_admits_nobody_but_those_on_it() -> None:
