@@ -1,4 +1,4 @@
-"""Catalogue: which blocks are where, in 58 to 77 bytes for one key at one node.
+"""Catalogue: which blocks are where, in 61 to 86 bytes for one key at one node.
 
     listing    one set of entries of one (node, epoch). A node has one that is shown, and a second,
                hidden one while a resync collects the set that will replace it.

@@ -37,10 +37,11 @@ MAX_ROW: Final = 2**ROW_BITS - 1
 BUCKET_BITS: Final = 3
 BUCKET_PLACES: Final = 2**BUCKET_BITS
 MIN_BUCKETS: Final = 128
-# At 0.8 one bucket in five has been full, and the worst of a batch of 4,096 looks at about eight.
-MAX_FILL: Final = 0.8
-# After `start_again`. Doubling takes it to half of that: 5 to 11.5 bytes a row.
-MAX_FILL_AT_START: Final = 0.7
+# One bucket in eight is full then, and the worst of a batch of 4,096 looks at four. Each look more
+# is a dozen numpy calls for the whole batch: at 0.8 the worst looks at fourteen.
+MAX_FILL: Final = 0.6
+# After `start_again`. Doubling takes it to half of that: 6.7 to 16 bytes a row.
+MAX_FILL_AT_START: Final = 0.5
 
 
 class RowIndex:

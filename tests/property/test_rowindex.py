@@ -11,7 +11,19 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvray.core.rowindex import BUCKET_PLACES, EMPTY, FIRST_ROW, MAX_ROW, U32, U64, RowIndex
+from kvray.core.rowindex import (
+    BUCKET_PLACES,
+    EMPTY,
+    FIRST_ROW,
+    MAX_FILL,
+    MAX_ROW,
+    MIN_BUCKETS,
+    U32,
+    U64,
+    Bools,
+    Indices,
+    RowIndex,
+)
 
 HASHES = [0, 1, 2, 2**63, 2**64 - 1]
 hashes = st.sampled_from(HASHES)
@@ -102,4 +114,26 @@ def test_rows_that_come_and_go_leave_nothing_in_buckets_that_were_never_full() -
         assert index.has_room(100), "no place is lost"
         index.put(new, rows.astype(np.uint32))
         index.remove(new, rows.astype(np.uint32))
-    assert index.has_room(700)
+    assert index.has_room(int(0.9 * MAX_FILL * MIN_BUCKETS * BUCKET_PLACES))
+
+
+def test_however_full_an_index_is_a_batch_takes_few_looks() -> None:
+    """Goal: the time of a look-up, which is that of its worst key, does not grow with the fill."""
+    index, dice = RowIndex(), np.random.default_rng(6)
+    index.start_again(400_000)
+    known = dice.integers(0, 2**63, 1_000_000).astype(np.uint64)
+    stop = FIRST_ROW
+    while index.has_room(1_000):
+        index.put(known[stop : stop + 1_000], np.arange(stop, stop + 1_000, dtype=np.uint32))
+        stop += 1_000
+    looks = 0
+
+    def same(asked: Indices, rows: U32) -> Bools:
+        nonlocal looks
+        looks += 1
+        equal: Bools = known[rows] == known[wanted[asked]]
+        return equal
+
+    wanted = dice.integers(FIRST_ROW, stop, 4_096)
+    assert np.array_equal(index.find(known[wanted], same), wanted)
+    assert looks <= 6
