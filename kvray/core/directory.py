@@ -391,7 +391,7 @@ class DirectoryCore:
 
 def _numbered(listings: NDArray[np.uint16]) -> tuple[list[int], NDArray[np.uint16]]:
     """The different listings, and for each place the index into them."""
-    numbers = np.flatnonzero(np.bincount(listings, minlength=1))
-    index_of: NDArray[np.uint16] = np.zeros(MAX_LISTINGS + 1, np.uint16)
+    numbers = np.bincount(listings, minlength=1).nonzero()[0]
+    index_of: NDArray[np.uint16] = np.empty(numbers[-1] + 1 if len(numbers) else 0, np.uint16)
     index_of[numbers] = np.arange(len(numbers))
     return numbers.tolist(), index_of[listings]

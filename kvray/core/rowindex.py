@@ -34,6 +34,8 @@ SPREAD: Final = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: spreads nu
 
 ROW_BITS: Final = 26
 MAX_ROW: Final = 2**ROW_BITS - 1
+_TAG_SHIFT: Final = np.uint64(8)
+_TAG_MASK: Final = np.uint32(~MAX_ROW & 0xFFFFFFFF)
 BUCKET_BITS: Final = 3
 BUCKET_PLACES: Final = 2**BUCKET_BITS
 MIN_BUCKETS: Final = 128
@@ -50,7 +52,8 @@ class RowIndex:
     """
 
     def __init__(self) -> None:
-        self._table: U32 = np.zeros((MIN_BUCKETS, BUCKET_PLACES), np.uint32)
+        self._table: U32 = np.zeros((0, BUCKET_PLACES), np.uint32)
+        self._make_table(MIN_BUCKETS)
         self._row_count = 0
         self._used_count = 0  # places that are not EMPTY
 
@@ -82,7 +85,10 @@ class RowIndex:
             of = todo[places >> BUCKET_BITS]
             hit = same(of, rows)
             hit &= rows > DELETED
-            found[of[hit]] = rows[hit]
+            rows = rows[hit]
+            if len(rows) == len(hashes):  # all of them at the first look, in their order
+                return rows
+            found[of[hit]] = rows
             go_on = (found[todo] == EMPTY).nonzero()[0]
             if not go_on.size:
                 break
@@ -133,8 +139,12 @@ class RowIndex:
             self._table[:] = EMPTY
         else:
             self._table = np.zeros((0, BUCKET_PLACES), np.uint32)  # never both in memory
-            self._table = np.zeros((buckets, BUCKET_PLACES), np.uint32)
+            self._make_table(buckets)
         self._row_count = self._used_count = 0
+
+    def _make_table(self, buckets: int) -> None:
+        self._table = np.zeros((buckets, BUCKET_PLACES), np.uint32)
+        self._shift = np.uint64(65 - buckets.bit_length())
 
     def rows(self) -> U32:
         """All rows, in no order."""
@@ -146,8 +156,8 @@ class RowIndex:
         # The upper bits of the product depend on all bits of the hash. A table for MAX_ROW rows
         # has 2^24 buckets: 24 bits, and the tag is made of bits 34 to 39.
         mixed = hashes * SPREAD
-        buckets = (mixed >> np.uint64(65 - len(self._table).bit_length())).astype(np.intp)
-        tags: U32 = (mixed >> np.uint64(8)).astype(np.uint32) & np.uint32(~MAX_ROW & 0xFFFFFFFF)
+        buckets = (mixed >> self._shift).view(np.intp)
+        tags: U32 = (mixed >> _TAG_SHIFT).astype(np.uint32) & _TAG_MASK
         return np.arange(len(hashes)), buckets, tags
 
     def _next(self, buckets: Indices, step: int) -> tuple[Indices, int]:
