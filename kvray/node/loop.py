@@ -139,7 +139,11 @@ class NodeLoop(threading.Thread):
         try:
             return done.result(DEADLINE_MS / 1_000 + QUESTION_DEADLINE_S)
         except TimeoutError as exc:
-            raise NodeLostError(f"the NodeStore of node {self._node_id} has stopped") from exc
+            raise NodeLostError(
+                f"the link thread of node {self._node_id} has not come back from NIXL for "
+                f"{DEADLINE_MS / 1_000 + QUESTION_DEADLINE_S:.0f} s: until it does, every fetch "
+                f"of this node is a miss; a connection that is cut may do that for some seconds"
+            ) from exc
 
     def status(self) -> dict[str, Any]:
         """Plain data; from the core, too, while it serves."""
