@@ -13,6 +13,7 @@ LOCK_RAY_LLM := requirements/lock-vllm-0.29.txt
 SYSTEM_PACKAGES := $(shell grep -v '^\#' requirements/system-packages.txt)
 TEST_PACKAGES := $(shell grep -v '^\#' requirements/test-packages.txt)
 CLUSTER_PACKAGES := $(shell grep -v '^\#' requirements/cluster-packages.txt)
+NGINX_PACKAGES := $(shell grep -v '^\#' requirements/nginx-packages.txt)
 
 # Upper bounds of one run, in seconds: .ci/run has 75 minutes for all of them.
 TEST_LIMIT_S := 1800
@@ -23,13 +24,14 @@ CLUSTER_LIMIT_S := 900
 # Runs pytest so that no process outlives it, whatever happens in the tests.
 pytest = $(1)/bin/python -m tests.contained --limit-s $(2) -- $(1)/bin/python -m pytest
 
-.PHONY: help system system-test system-cluster install install-ray-llm demo demo-serve test \
-    test-slow test-all test-cluster test-ray-llm test-ray-llm-slow sim mutants faults bench \
-    pictures lint format clean
+.PHONY: help system system-test system-cluster system-nginx install install-ray-llm demo \
+    demo-serve demo-nginx test test-slow test-all test-cluster test-ray-llm test-ray-llm-slow sim \
+    mutants faults bench pictures lint format clean
 
 help:
 	@echo 'make demo          two nodes, two engines, one document (installs what it needs first)'
 	@echo 'make demo-serve    the same with two replicas of Ray Serve LLM, over HTTP'
+	@echo 'make demo-nginx    the same with two vllm serve behind nginx; ARGS=start stays until Ctrl-C'
 	@echo 'make test          unit, property, contract and integration tests, under half an hour'
 	@echo 'make test-all      make test, and what is slower'
 	@echo 'make test-cluster  ray up and down with ray_cluster.yaml on three hosts made of namespaces'
@@ -46,6 +48,7 @@ help:
 	@echo 'make system        the Debian packages of requirements/system-packages.txt'
 	@echo 'make system-test   and those that tests need: a browser'
 	@echo 'make system-cluster   and those of the hosts of make test-cluster: sshd, rsync'
+	@echo 'make system-nginx  and nginx, of make demo-nginx'
 	@echo 'make clean         removes the environments and caches'
 
 # Root installs what is missing; anybody else is told. Where all is there, nothing is asked or run.
@@ -58,6 +61,11 @@ system-test: system
 system-cluster: system
 	$(call debian_packages,$(CLUSTER_PACKAGES))
 
+system-nginx: system
+	$(call debian_packages,$(NGINX_PACKAGES))
+
+# policy-rc.d: Debian starts the service of a package that it installs, and nginx would listen on
+# port 80. Where a policy is there already, it stays.
 define debian_packages
 	@missing=''; \
 	for package in $(1); do \
@@ -72,6 +80,10 @@ define debian_packages
 	    echo "missing system packages; please run: sudo apt-get install$$missing" >&2; exit 1; \
 	fi; \
 	export DEBIAN_FRONTEND=noninteractive; \
+	if [ ! -e /usr/sbin/policy-rc.d ]; then \
+	    printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d; chmod 755 /usr/sbin/policy-rc.d; \
+	    trap 'rm -f /usr/sbin/policy-rc.d' EXIT; \
+	fi; \
 	install="apt-get install -y -q --no-install-recommends$$missing"; \
 	$$install || { apt-get update -q && $$install; }
 endef
@@ -105,10 +117,13 @@ demo: system install
 demo-serve: system install-ray-llm
 	$(VENV_RAY_LLM)/bin/python examples/serve_llm.py $(ARGS)
 
+demo-nginx: system-nginx install
+	$(VENV)/bin/python examples/behind_nginx $(ARGS)
+
 test: system-test install
 	$(call pytest,$(VENV),$(TEST_LIMIT_S)) -m 'not slow and not ray_llm' $(ARGS)
 
-test-slow: system-test system-cluster install
+test-slow: system-test system-cluster system-nginx install
 	$(call pytest,$(VENV),$(SLOW_LIMIT_S)) -m 'slow and not ray_llm' $(ARGS)
 
 test-all: test test-slow
@@ -133,7 +148,7 @@ mutants: install
 faults: system install
 	$(VENV)/bin/python benchmarks/faults.py $(ARGS)
 
-bench: system install
+bench: system-nginx install
 	$(VENV)/bin/python benchmarks/report.py $(ARGS)
 
 pictures: system-test install
