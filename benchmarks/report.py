@@ -68,6 +68,10 @@ ENTRIES = (
     Entry("idle", "idle.py", is_short=True),
     Entry("overhead", "overhead.py"),
     Entry("watching", "watching.py"),
+    *(
+        Entry(f"behind_nginx-{load}", "behind_nginx.py", ("--load", load))
+        for load in ("prefix_repetition", "random", "timed_trace", "multi_turn")
+    ),
 )
 
 

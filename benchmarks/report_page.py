@@ -27,6 +27,7 @@ TITLES = {
     "idle": "What idling costs",
     "overhead": "What kvray costs where nothing is reused",
     "watching": "What watching costs, and how soon one sees",
+    "behind_nginx": "Two vllm serve behind nginx",
 }
 
 

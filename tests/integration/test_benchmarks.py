@@ -34,6 +34,7 @@ KEYS = {
     "multi_turn": {"modes", "p2p_over_none", "p2p_over_silo"},
     "transfer": {"rows"},
     "routing": {"mean_ms", "decision_ms", "prefill_tokens_per_s", "link_gb_per_s"},
+    "behind_nginx": {"modes", "ttft_gain", "request_rate_per_s", "throughput_ratios"},
     "watching": {"status_ms", "lookup_us", "watched_over_unwatched"},
     "lookup": {
         "lookup_us",
