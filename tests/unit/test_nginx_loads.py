@@ -6,9 +6,11 @@ Method: pure functions, numbers that can be counted by hand.
 
 import json
 import math
+from typing import Any
 
 import pytest
 
+from benchmarks import behind_nginx
 from benchmarks.nginx_loads import (
     CHUNK_TOKENS,
     merged,
@@ -91,3 +93,38 @@ def test_rounds_are_merged_by_requests_and_time_and_failures_are_not_lost() -> N
 def test_a_session_is_its_turns_and_their_answers() -> None:
     shape = Shape(sessions=1, turns=3, first_tokens=100)
     assert shape.session_tokens == 100 + 2 * TURN_TOKENS + 3 * ANSWER_TOKENS
+
+
+def run_of(ttft_s: float, rate: float, *, failed: int = 0) -> dict[str, Any]:
+    """What `vllm bench serve` saves, as far as it is read."""
+    return {
+        "ttfts": [ttft_s],
+        "mean_ttft_ms": ttft_s * 1_000,
+        "completed": 1,
+        "failed": failed,
+        "duration": 1.0 / rate,
+        "request_throughput": rate,
+        "sources": {},
+    }
+
+
+def test_a_failed_request_and_a_gain_below_two_are_missed_bars() -> None:
+    load = prefix_repetition(prefixes=1, prefix_tokens=9, requests_each=1, rounds=1)
+    saturated = {"none": [run_of(9, 1.0)], "kvray": [run_of(9, 2.0, failed=1)]}
+    paced = {"none": [run_of(3, 0.5)], "kvray": [run_of(2, 0.5)]}
+    result = behind_nginx.summary(load, 0.5, saturated, paced)
+    assert result["ttft_gain"] == 1.5
+    assert [bar.holds for bar in behind_nginx.bars(result)] == [False, False]
+
+
+def test_where_nothing_is_reused_the_median_of_the_rounds_counts() -> None:
+    load = random_prompts(requests=1, tokens=9, rounds=3)
+    none = [run_of(1.0, 1.0) for _ in range(3)]
+    saturated = {"none": none, "kvray": [run_of(1.0, rate) for rate in (0.5, 0.98, 0.99)]}
+    paced = {"none": none, "kvray": [run_of(s, 1.0) for s in (1.5, 1.02, 1.01)]}
+    result = behind_nginx.summary(load, 0.5, saturated, paced)
+    assert result["ttft_ratios"] == [1.5, 1.02, 1.01]
+    assert [bar.holds for bar in behind_nginx.bars(result)] == [True, True, True]
+    slow = paced | {"kvray": [run_of(s, 1.0) for s in (1.5, 1.04, 1.01)]}
+    result = behind_nginx.summary(load, 0.5, saturated, slow)
+    assert [bar.holds for bar in behind_nginx.bars(result)] == [True, False, True]
