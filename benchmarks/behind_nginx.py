@@ -21,7 +21,8 @@ import lzma
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,13 @@ from benchmarks.bars import Bar, at_least, at_most
 from benchmarks.measure import finish, percentile
 from benchmarks.nginx_loads import Load, merged, order, paced_rate
 from benchmarks.nginx_talks import Shape, Talks, talk
-from benchmarks.nginx_world import MODES, NAME, Pairs, SceneError, running_pairs, tokens
+from benchmarks.nginx_world import MODES, NAME, Pairs, SceneError, grown, running_pairs, tokens
 
 TRACE = Path(__file__).resolve().parent.parent / "tests" / "data" / "mooncake_conversation.jsonl.xz"
 TRACE_BLOCKS = 16  # of the longest request: 2,048 tokens
 LOADS = ("prefix_repetition", "random", "timed_trace", "multi_turn")
-ROUNDS = {"prefix_repetition": 2, "random": 5, "timed_trace": 2, "multi_turn": 2}
+# A round of prefix_repetition takes a quarter of an hour on two cores.
+ROUNDS = {"prefix_repetition": 1, "random": 5, "timed_trace": 2, "multi_turn": 2}
 TALKS = Shape(sessions=8, turns=4, first_tokens=2_000)
 SMOKE_TALKS = Shape(sessions=2, turns=2, first_tokens=300)
 MIN_TTFT_GAIN = 2.0
@@ -116,6 +118,7 @@ def summary(
             "sustained_per_s": round(
                 statistics.median(run["request_throughput"] for run in saturated[mode]), 4
             ),
+            "saturated_tokens": added(run["tokens"] for run in saturated[mode]),
             "failed": sum(int(run["failed"]) for run in (*paced[mode], *saturated[mode])),
         }
         for mode in MODES
@@ -136,16 +139,20 @@ def summary(
 def told(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Of the paced runs of one mode: all their requests together."""
     found = merged(runs)
-    sources: dict[str, int] = {}
-    for run in runs:
-        for name, count in run["sources"].items():
-            sources[name] = sources.get(name, 0) + count
     return {
         **times(found["ttft_ms"]),
         "completed": found["completed"],
         "requests_per_s": round(found["requests_per_s"], 4),
-        **({"tokens": sources} if sources else {}),
+        **({"tokens": counted} if (counted := added(run["tokens"] for run in runs)) else {}),
     }
+
+
+def added(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    """What is nowhere is left out."""
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)
+    return {name: count for name, count in total.items() if count}
 
 
 def times(ttft_ms: Sequence[float]) -> dict[str, float]:
@@ -172,7 +179,7 @@ def ratios(runs: dict[str, list[dict[str, Any]]], key: str) -> list[float]:
 def measure_talks(*, rounds: int, is_smoke: bool) -> dict[str, Any]:
     shape = SMOKE_TALKS if is_smoke else TALKS
     taken: dict[str, list[Talks]] = {mode: [] for mode in MODES}
-    sources: dict[str, int] = {}
+    counted: list[dict[str, int]] = []
     slab_tokens = shape.sessions * shape.session_tokens
     with running_pairs(shape.session_tokens, slab_tokens=slab_tokens, say=say) as pairs:
         for number in range(rounds):
@@ -183,13 +190,12 @@ def measure_talks(*, rounds: int, is_smoke: bool) -> dict[str, Any]:
                     scene.cluster.clear()
                 before = tokens(scene)
                 talks = talk(scene.port, NAME, shape, seed=number)
-                for name, count in tokens(scene).items():
-                    sources[name] = sources.get(name, 0) + count - before[name]
+                counted.append(grown(before, tokens(scene)))
                 for error in talks.errors:
                     console.print(error, style="red", markup=False)
                 taken[mode].append(talks)
     modes = {mode: told_talks(runs) for mode, runs in taken.items()}
-    modes["kvray"]["tokens"] = sources
+    modes["kvray"]["tokens"] = added(counted)
     return {
         "load": "multi_turn",
         "model": NAME,

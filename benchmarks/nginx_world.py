@@ -18,7 +18,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from behind_nginx.asking import SOURCES
 from behind_nginx.errors import SceneError
 from behind_nginx.scene import Scene, behind_nginx, kvray_nodes, require_all
 from behind_nginx.servers import EngineSettings
@@ -54,8 +53,8 @@ class Pairs:
         seed: int,
         rate_per_s: float | None = None,
     ) -> dict[str, Any]:
-        """One run of `vllm bench serve`: what it has saved, and in "sources" the prompt tokens by
-        where they came from. rate_per_s: None is all at once. Raises SceneError if it fails.
+        """One run of `vllm bench serve`: what it has saved, and in "tokens" those of the prompts
+        (see `tokens`). rate_per_s: None is all at once. Raises SceneError if it fails.
         """
         scene = self.scenes[mode]
         if scene.cluster is not None:
@@ -87,20 +86,23 @@ class Pairs:
             if done.returncode != 0:
                 raise SceneError(f"vllm bench serve failed:\n{done.stdout[-4_000:]}")
             result: dict[str, Any] = json.loads((Path(folder) / "result.json").read_text())
-        after = tokens(scene)
-        result["sources"] = {name: after[name] - before[name] for name in after}
+        result["tokens"] = grown(before, tokens(scene))
         return result
 
 
 def tokens(scene: Scene) -> dict[str, int]:
-    """Prompt tokens of both engines by source; nothing where there is no kvray to count them."""
+    """Prompt tokens of both engines so far, by source, and the computed ones by the reason why;
+    nothing where there is no kvray to count them.
+    """
     if scene.cluster is None:
         return {}
-    totals = [node.details["engine_totals"] for node in scene.cluster.nodes()]
-    return {
-        source: sum(total.get(counter, 0) for total in totals)
-        for source, counter in SOURCES.items()
-    }
+    status = scene.cluster.status()
+    return {**status.hit_tokens, **status.miss_tokens}
+
+
+def grown(before: dict[str, int], now: dict[str, int]) -> dict[str, int]:
+    """A source or reason that was not there before counts from nothing."""
+    return {name: count - before.get(name, 0) for name, count in now.items()}
 
 
 @contextmanager
@@ -136,4 +138,4 @@ def running_pairs(
         yield pairs
 
 
-__all__ = ["MODES", "NAME", "Pairs", "SceneError", "running_pairs", "tokens"]
+__all__ = ["MODES", "NAME", "Pairs", "SceneError", "grown", "running_pairs", "tokens"]

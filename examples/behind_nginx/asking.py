@@ -6,13 +6,8 @@ from dataclasses import dataclass
 
 from behind_nginx.errors import SceneError
 from behind_nginx.scene import DEADLINE_S, Scene
+from kvray.core.reasons import tokens_by_source
 
-SOURCES = {
-    "device": "hit_tokens_device",
-    "local": "hit_tokens_local",
-    "peer": "hit_tokens_peer",
-    "computed": "computed_tokens",
-}
 # The OpenMP threads of an engine go on spinning for 0.2 s after its last step, on cores that all
 # share here. One question at a time is measured.
 QUIET_S = 0.5
@@ -69,10 +64,7 @@ class Client:
         """Of each node: the prompt tokens of its engine, by source."""
         assert self._scene.cluster is not None
         return {
-            node.node_id: {
-                source: node.details["engine_totals"].get(counter, 0)
-                for source, counter in SOURCES.items()
-            }
+            node.node_id: tokens_by_source([node.details["engine_totals"]])
             for node in self._scene.cluster.nodes()
         }
 

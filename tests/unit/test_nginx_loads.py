@@ -104,7 +104,7 @@ def run_of(ttft_s: float, rate: float, *, failed: int = 0) -> dict[str, Any]:
         "failed": failed,
         "duration": 1.0 / rate,
         "request_throughput": rate,
-        "sources": {},
+        "tokens": {},
     }
 
 
