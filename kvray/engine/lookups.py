@@ -11,6 +11,9 @@ vLLM loads once for a request. So that a long chain need not be there as a whole
 begins, what is on its way from a peer into a known slot counts as a hit, as soon as a first block
 has come; the workers wait for each slot (engine.arrivals). What fails to come is a failed load.
 
+The NodeStore has a step's budget for all questions of that step. A request that can not be asked
+about any more is asked about in the next step, a few times: computing it takes longer than those.
+
 A request has one deadline for everything that kvray does for it. After it, after one failed load
 and after a change of weights, its answers are misses until it ends or is preempted.
 """
@@ -57,6 +60,10 @@ MAX_EARLY_LOOKUPS = 4  # the next few: what they have found can not be evicted w
 # answer that is late by more than so many steps is no hiccup of a busy host; and vLLM logs a line
 # for each.
 MAX_POSTPONED_STEPS = 4
+# Steps in which a look-up could not be asked, since the answer to the one before it is late. Steps
+# and not a time: one in which others are computed may take seconds, and is no wait for kvray. One
+# without work takes a millisecond, and a NodeStore that waits for a core gets one within ten.
+MAX_UNASKED_STEPS = 16
 MAX_RESTING = 32  # requests to look through every millisecond; with more, vLLM's own loop goes on
 REST_LIMIT_S = 0.1  # then vLLM has a step all the same: it may wait for what we know nothing of
 
@@ -134,11 +141,12 @@ class Lookups(OffloadingManager):
         has found, and a question that finds no answer will be asked again.
         """
         view = self._requests.get(req_id)
-        known: MissReason | None = None  # what an early answer said, should nobody answer now
+        if view is not None:
+            view.unasked = False
         if view is not None and view.early and not early:
             view.early = False
             if view.is_outdated(runs):
-                known = None if view.ticket is None else cause_of(view.ticket)
+                view.known = None if view.ticket is None else cause_of(view.ticket)
                 self._release(req_id, view)
         if (
             view is None
@@ -164,14 +172,28 @@ class Lookups(OffloadingManager):
         )
         if ticket is None:
             if not early:
-                view.access = Access.MISSING
-                view.prompt.why = self._unasked(known)
+                self._postpone(view)
             return
+        view.unasked_steps = 0
         view.ticket = ticket
         view.early = early
         view.index = {key: i for i, key in enumerate(offload_keys)}
         view.deadline_s = time.monotonic() + self._config.lookup_deadline_ms / 1_000
         self._with_ticket[req_id] = view
+
+    def _postpone(self, view: RequestView) -> None:
+        """It could not be asked about: in the next step, unless there is nobody to ask, or there
+        were enough of them.
+        """
+        if self._client.session is not None and view.unasked_steps < MAX_UNASKED_STEPS:
+            view.unasked = True
+            view.unasked_steps += 1
+            view.held_s = view.held_s or time.monotonic()
+            return
+        if view.held_s:
+            self._end_hold(view)
+        view.access = Access.MISSING
+        view.prompt.why = self._unasked(view.known)
 
     def _key_compute_us(self, runs: Sequence[Run]) -> int:
         """What computing one block would take; a chunk's time is shared by its cache groups."""
@@ -183,6 +205,8 @@ class Lookups(OffloadingManager):
     @guarded(lambda *_: LookupResult.MISS)
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         view = self._requests.get(req_context.req_id)
+        if view is not None and view.unasked:
+            return LookupResult.RETRY
         if view is None or view.ticket is None or (i := view.index.get(key)) is None:
             return LookupResult.MISS
         ticket = view.ticket

@@ -7,6 +7,7 @@ from enum import Enum
 from vllm.v1.kv_offload.base import OffloadKey
 
 from kvray.core.messages import KeyState
+from kvray.core.reasons import MissReason
 from kvray.engine.sources import Prompt
 from kvray.node.client import Ticket
 
@@ -51,6 +52,9 @@ class RequestView:
     postponed_steps: int = 0  # since its last store
     postponed_chunks: int = 0  # offered, not stored, to be offered again
     early: bool = False  # its ticket is from before the scheduler asked
+    unasked: bool = False  # in this step the NodeStore could not be asked: in the next one
+    unasked_steps: int = 0  # such steps so far
+    known: MissReason | None = None  # what an early answer said that is given up by now
     prompt: Prompt = field(default_factory=Prompt)
 
     def is_outdated(self, runs: Sequence[Run]) -> bool:

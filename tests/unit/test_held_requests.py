@@ -248,6 +248,48 @@ def test_what_was_rested_counts_as_waited(engine: Engine) -> None:
     assert engine.longest_ms == 70
 
 
+# -- the NodeStore can not be asked in this step ------------------------------------------------
+
+
+def test_what_can_not_be_asked_about_in_a_step_is_asked_about_in_the_next(engine: Engine) -> None:
+    runs = [Run(0, KEYS, is_prefix=True)]
+    engine.client.is_overdue = True
+    engine.lookups.on_new_request(ReqContext(req_id="a"))
+    engine.lookups.begin("a", runs)
+    assert engine.ask("a") is LookupResult.RETRY
+    engine.client.is_overdue = False
+
+    engine.clock.now_s += 0.002
+    engine.lookups.begin("a", runs)
+
+    (ticket,) = engine.client.tickets
+    assert engine.ask("a") is LookupResult.RETRY
+    ticket.states[:] = bytes([KeyState.HIT] * 2)
+    assert engine.ask("a", after_ms=3) is LookupResult.HIT
+    assert engine.longest_ms == 5
+
+
+def test_a_long_step_of_others_meanwhile_is_no_wait_for_kvray(engine: Engine) -> None:
+    runs = [Run(0, KEYS, is_prefix=True)]
+    engine.client.is_overdue = True
+    engine.lookups.on_new_request(ReqContext(req_id="a"))
+    engine.lookups.begin("a", runs)
+    engine.client.is_overdue = False
+    engine.clock.now_s += 7.0
+    engine.lookups.begin("a", runs)
+    assert engine.ask("a", after_ms=900) is LookupResult.RETRY
+    assert engine.ask("a", after_ms=200) is LookupResult.MISS
+
+
+def test_where_there_is_no_node_store_nothing_waits(engine: Engine) -> None:
+    no_session: Any = None
+    engine.client.session = no_session
+    engine.client.is_overdue = True
+    engine.lookups.on_new_request(ReqContext(req_id="a"))
+    engine.lookups.begin("a", [Run(0, KEYS, is_prefix=True)])
+    assert engine.ask("a") is LookupResult.MISS
+
+
 # -- why its prompt is computed -----------------------------------------------------------------
 
 
@@ -262,7 +304,8 @@ def test_what_an_early_answer_said_is_the_reason_if_nobody_answers_again(engine:
     ticket.causes = {0: MissReason.NEVER_SEEN}
     client.is_overdue = True
 
-    lookups.begin("a", runs)
+    for _ in range(module.MAX_UNASKED_STEPS + 1):
+        lookups.begin("a", runs)
 
     lookups.admitted("a", prompt_tokens=300, external_tokens=0)
     assert lookups.counters["miss_tokens_never_seen"] == 256
@@ -272,6 +315,8 @@ def test_what_an_early_answer_said_is_the_reason_if_nobody_answers_again(engine:
 def test_a_request_that_was_never_answered_says_so(engine: Engine) -> None:
     engine.client.is_overdue = True
     engine.lookups.on_new_request(ReqContext(req_id="a"))
-    engine.lookups.begin("a", [Run(0, KEYS, is_prefix=True)])
+    for _ in range(module.MAX_UNASKED_STEPS + 1):
+        engine.lookups.begin("a", [Run(0, KEYS, is_prefix=True)])
+    assert engine.ask("a") is LookupResult.MISS
     engine.lookups.admitted("a", prompt_tokens=256, external_tokens=0)
     assert engine.lookups.counters["miss_tokens_node_store_slow"] == 256
