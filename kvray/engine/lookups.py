@@ -182,10 +182,10 @@ class Lookups(OffloadingManager):
         self._with_ticket[req_id] = view
 
     def _postpone(self, view: RequestView) -> None:
-        """It could not be asked about: in the next step, unless there is nobody to ask, or there
-        were enough of them.
+        """It could not be asked about: in the next step, unless nobody will answer there either, or
+        there were enough of them.
         """
-        if self._client.session is not None and view.unasked_steps < MAX_UNASKED_STEPS:
+        if self._client.may_answer_soon and view.unasked_steps < MAX_UNASKED_STEPS:
             view.unasked = True
             view.unasked_steps += 1
             view.held_s = view.held_s or time.monotonic()

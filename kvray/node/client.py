@@ -67,6 +67,9 @@ __all__ = ["ClientState", "NodeClient", "Reservation", "Session", "Ticket", "Wor
 logger = logging.getLogger("kvray.node")
 
 BUDGET_S = 0.002  # per scheduler step; a lookup of 512 keys takes 0.1 to 0.3 ms
+# A NodeStore that waits for a core of a busy host gets one within some ten milliseconds. One that
+# is silent for longer is frozen or worse, and no request is held for it.
+HICCUP_S = 0.1
 MIN_BUDGET_S = 0.000_2  # with less left nothing is asked: no answer would be nobody's fault
 LISTEN_SLICE_S = 0.001  # how late an engine that listens hears of a new request; vLLM sleeps so too
 CLOSE_DEADLINE_S = 2.0  # the outbox is drained, Bye acknowledged, the threads joined
@@ -125,7 +128,7 @@ class NodeClient:
         self._budget_s = self._left_s = budget_s
         self._ops = itertools.count(1)
         self._connection: Connection | None = None
-        self._silent = False
+        self._silent_since_s: float | None = None  # time.monotonic()
         self._closed = False
         self._lookups: dict[OpId, LookupPage] = {}  # with a key that may still be answered
         self._reserves: dict[OpId, ReservePage] = {}  # of the call that is under way
@@ -159,7 +162,14 @@ class NodeClient:
             return ClientState.CLOSED
         if self.session is None:
             return ClientState.ABSENT
-        return ClientState.SILENT if self._silent else ClientState.CONNECTED
+        return ClientState.CONNECTED if self._silent_since_s is None else ClientState.SILENT
+
+    @property
+    def may_answer_soon(self) -> bool:
+        """Whether a question that was not asked in this step is worth another try in the next."""
+        since_s = self._silent_since_s
+        is_hiccup = since_s is None or time.monotonic() - since_s < HICCUP_S
+        return is_hiccup and self.session is not None
 
     @property
     def reason(self) -> str:
@@ -283,7 +293,7 @@ class NodeClient:
         """Send a question and read until it is answered, the connection ends or the budget does.
         False: it was not sent. If it was and page is not answered, the answer is overdue.
         """
-        if self._silent:
+        if self._silent_since_s is not None:
             return False
         if self._left_s < MIN_BUDGET_S:
             self.counters["budget_spent"] += 1
@@ -302,13 +312,13 @@ class NodeClient:
                 while not page.answered and not connection.has_ended():
                     left_s = end_s - time.perf_counter()
                     if left_s <= 0:
-                        self._silent = True
+                        self._silent_since_s = time.monotonic()
                         self.counters["overdue_answers"] += 1
                         break
                     connection.wait_answer(left_s)
                     connection.hear(self._heard)
             except BlockingIOError:  # it does not even read
-                self._silent = True
+                self._silent_since_s = time.monotonic()
                 self.counters["overdue_answers"] += 1
                 return False
             except OSError as exc:
@@ -410,7 +420,7 @@ class NodeClient:
 
     def _opened(self, connection: Connection) -> None:
         self.counters["sessions"] += 1
-        self._silent = False
+        self._silent_since_s = None
         self._connection = connection
         self._teller.open(connection)
         if self._on_session is not None:
@@ -427,7 +437,7 @@ class NodeClient:
 
     def _heard(self, connection: Connection, message: LocalAnswer) -> None:
         """`reading` of the connection is held. Raises RemoteProtocolError."""
-        self._silent = False
+        self._silent_since_s = None
         match message:
             case LookupReply():
                 self._heard_lookup(message)

@@ -44,6 +44,7 @@ class TicketClient:
     due: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
     looks: int = 0
     is_overdue: bool = False
+    may_answer_soon: bool = True
 
     def lookup(self, keys: Any, **_settings: Any) -> Ticket | None:
         if self.is_overdue:
@@ -281,10 +282,9 @@ def test_a_long_step_of_others_meanwhile_is_no_wait_for_kvray(engine: Engine) ->
     assert engine.ask("a", after_ms=200) is LookupResult.MISS
 
 
-def test_where_there_is_no_node_store_nothing_waits(engine: Engine) -> None:
-    no_session: Any = None
-    engine.client.session = no_session
+def test_where_no_node_store_will_answer_soon_nothing_waits(engine: Engine) -> None:
     engine.client.is_overdue = True
+    engine.client.may_answer_soon = False
     engine.lookups.on_new_request(ReqContext(req_id="a"))
     engine.lookups.begin("a", [Run(0, KEYS, is_prefix=True)])
     assert engine.ask("a") is LookupResult.MISS

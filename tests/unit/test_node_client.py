@@ -39,7 +39,7 @@ from kvray.core.messages import (
     Unpin,
 )
 from kvray.node import connector
-from kvray.node.client import ClientState, NodeClient, Reservation, Ticket, WorkerClient
+from kvray.node.client import HICCUP_S, ClientState, NodeClient, Reservation, Ticket, WorkerClient
 from tests.scripted_node import (
     GEOMETRY,
     PAGE,
@@ -505,6 +505,22 @@ def test_a_silent_node_costs_one_budget_and_is_asked_again_once_it_was_heard(
     assert engine.client.counters["late_answers"] == 1
     node.script[Lookup] = lambda lookup: LookupReply(lookup.op, bytes([MISS]), b"")
     until(lambda: (ticket := engine.lookup(3)) is not None and ticket.settled)
+
+
+def test_a_node_that_is_silent_for_long_is_not_waited_for_from_step_to_step(
+    node: ScriptedNode, make_engine: EngineFactory
+) -> None:
+    """Goal: a hiccup of a busy host is tried again, a frozen NodeStore holds no request."""
+    engine = make_engine(budget_s=SHORT_S).start()
+    node.script[Lookup] = lambda lookup: None
+    begun_s = time.perf_counter()
+    engine.asked(1)
+    assert engine.client.may_answer_soon or time.perf_counter() - begun_s > HICCUP_S
+    until(lambda: not engine.client.may_answer_soon)
+    assert engine.client.state is ClientState.SILENT
+    engine.client.report({"tokens": 1})
+    engine.until(ClientState.CONNECTED)
+    assert engine.client.may_answer_soon
 
 
 def test_an_acknowledgement_is_a_sign_of_life_too(
