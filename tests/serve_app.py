@@ -129,36 +129,23 @@ class App:
 
 
 @contextmanager
-def running_app(nodes: Nodes, model: Path, *, replicas: int = 1, **settings: Any) -> Iterator[App]:
-    """kvray is enabled with `settings`; Serve is gone afterwards, Ray and kvray stay."""
-    from ray.serve.llm import LLMConfig, build_openai_app
-
-    config = LLMConfig(
-        model_loading_config={"model_id": MODEL_ID, "model_source": str(model)},
-        placement_group_config=ONE_A_NODE,
-        deployment_config={
-            "num_replicas": replicas,
-            "autoscaling_config": None,
-            "request_router_config": {"request_router_class": ROUND_ROBIN},
-        },
-        engine_kwargs={
-            "skip_tokenizer_init": True,
-            "enforce_eager": True,
-            "max_model_len": 4_096,
-            "dtype": "bfloat16",
-            "kv_cache_memory_bytes": 64 << 20,
-        },
-        runtime_env={"env_vars": {"VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}"}},
-    )
-    enable(config, **{**PATIENT, **settings})
+def running_app(
+    nodes: Nodes,
+    model: Path,
+    *,
+    replicas: int = 1,
+    deployment: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Iterator[App]:
+    """kvray is enabled with `settings`; Serve is gone afterwards, Ray and kvray stay. deployment:
+    of deployment_config, instead of `replicas` in round robin.
+    """
     port = free_port()
     segments: set[str] = set()
+    options = {"num_replicas": replicas, "autoscaling_config": None} | (deployment or {})
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(
-            build_openai_app({"llm_configs": [config], "ingress_deployment_config": INGRESS}),
-            external_scaler_enabled=True,
-        )
+        deploy(model, options, **settings)
         segments |= shared_memory()
         yield App(nodes, port)
     finally:
@@ -167,6 +154,41 @@ def running_app(nodes: Nodes, model: Path, *, replicas: int = 1, **settings: Any
         for path in segments:
             with contextlib.suppress(FileNotFoundError):
                 Path(path).unlink()
+
+
+def deploy(
+    model: Path,
+    deployment: dict[str, Any],
+    *,
+    engine: dict[str, Any] | None = None,
+    **settings: Any,
+) -> None:
+    """Or deploy again, with something changed. engine: further engine_kwargs. Returns when Serve
+    says that it is so.
+    """
+    from ray.serve.llm import LLMConfig, build_openai_app
+
+    config = LLMConfig(
+        model_loading_config={"model_id": MODEL_ID, "model_source": str(model)},
+        placement_group_config=ONE_A_NODE,
+        deployment_config={"request_router_config": {"request_router_class": ROUND_ROBIN}}
+        | deployment,
+        engine_kwargs={
+            "skip_tokenizer_init": True,
+            "enforce_eager": True,
+            "max_model_len": 4_096,
+            "dtype": "bfloat16",
+            "kv_cache_memory_bytes": 64 << 20,
+        }
+        | (engine or {}),
+        runtime_env={"env_vars": {"VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}"}},
+    )
+    enable(config, **{**PATIENT, **settings})
+    serve.run(
+        build_openai_app({"llm_configs": [config], "ingress_deployment_config": INGRESS}),
+        # Who asks for a number of replicas is not overruled by Serve's own autoscaler.
+        external_scaler_enabled=deployment.get("autoscaling_config") is None,
+    )
 
 
 def shared_memory() -> set[str]:

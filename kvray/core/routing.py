@@ -21,32 +21,46 @@ All of it is an estimate that costs time when it is wrong, and never an answer.
 import math
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 
 MAX_REPLICAS = 1_024  # of one deployment; ranking is linear in them
 MAX_CHUNKS = 4_096  # of a prompt: 2 Mi tokens in chunks of 512; what is longer is computed anyway
-# Costs so close are a tie, which goes to whom was chosen least lately: estimates are not better.
+# Costs so close are a tie: estimates are not better. It goes to whom has fewer requests without an
+# answer, and of those to whom was chosen least lately.
 TIE_MS = 1.0
+# Of any load, beside its bytes: a look-up, its answer, a job of the workers. A peer hit of the tiny
+# model takes some ms longer than its bytes do on the link (benchmarks/ttft.py).
+LOAD_OVERHEAD_MS = 2.0
 
 Chunk = Hashable  # equal chunks are equal prefixes up to their ends, as block hashes are
+_Run = tuple[str, int, int]  # a node, and [start, stop) of the chunks that it has
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """How long a token takes, in ms. copy_ms: from the own node's slab. link_ms: from a peer's."""
+    """How long a token takes, in ms. copy_ms: from the own node's slab. link_ms: from a peer's,
+    where links_ms does not say better: by (node that reads, node that is read from).
+    """
 
     prefill_ms: float
     copy_ms: float
     link_ms: float
+    links_ms: Mapping[tuple[str, str], float] = field(default_factory=dict)
+
+    def link(self, reader: str, owner: str) -> float:
+        return self.links_ms.get((reader, owner), self.link_ms)
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The tokens of a prompt by where they are for one replica; what is missing is computed."""
+    """The tokens of a prompt by where they are for one replica; what is missing is computed.
+    peers: tokens, and what one of them takes over that link, in ms.
+    """
 
     device_tokens: int
     local_tokens: int
-    peer_tokens: int
+    peers: Sequence[tuple[int, float]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +79,14 @@ class Cost:
 
 def cost_of(replica: str, prompt_tokens: int, held: Held, *, queue_ms: float, rates: Rates) -> Cost:
     """Loads run while the queue is computed. What a peer has is computed where that is quicker."""
-    peer_tokens = held.peer_tokens if rates.link_ms < rates.prefill_ms else 0
-    load_ms = held.local_tokens * rates.copy_ms + peer_tokens * rates.link_ms
-    missing = prompt_tokens - held.device_tokens - held.local_tokens - peer_tokens
+    load_ms = held.local_tokens * rates.copy_ms
+    missing = prompt_tokens - held.device_tokens - held.local_tokens
+    for peer_tokens, link_ms in held.peers:
+        if link_ms < rates.prefill_ms:
+            load_ms += peer_tokens * link_ms
+            missing -= peer_tokens
+    if load_ms:
+        load_ms += LOAD_OVERHEAD_MS
     # At least one token is always computed: it makes the answer's first.
     return Cost(replica, max(queue_ms, load_ms), load_ms, max(1, missing) * rates.prefill_ms)
 
@@ -131,7 +150,10 @@ class Slabs:
 
     def keep_only(self, nodes: Collection[str]) -> None:
         """The others are gone, with what they held."""
-        for node in self._nodes.keys() - set(nodes):
+        gone = self._nodes.keys() - set(nodes)
+        if not gone:
+            return
+        for node in gone:
             del self._nodes[node]
         self._home = {chunk: home for chunk, home in self._home.items() if home[0] in nodes}
 
@@ -156,6 +178,13 @@ class Slabs:
                 self._nodes[owner] = Recent(self._slab_chunks)
             for chunk in self._nodes[owner].use(used):
                 del self._home[chunk]
+
+    def are_ready(self, chunks: Sequence[Chunk], *, now_ms: float) -> None:
+        """Whoever has them has computed them, sooner than was thought."""
+        for chunk in chunks:
+            home = self._home.get(chunk)
+            if home is not None and home[1] > now_ms:
+                self._home[chunk] = (home[0], now_ms)
 
     def check(self) -> None:
         assert sum(map(len, self._nodes.values())) == len(self._home), "a chunk of no home"
@@ -207,6 +236,7 @@ class Ranking:
         """
         chunks = chunks[:MAX_CHUNKS]
         homes, ready_ms = self._slabs.homes(chunks) if self._slabs is not None else ([], [])
+        runs = _runs(homes)
         unread = [(index, at_ms) for index, at_ms in enumerate(ready_ms) if at_ms > now_ms]
         names = self._replicas if among is None else [n for n in among if n in self._replicas]
         costs: list[Cost] = []
@@ -219,12 +249,7 @@ class Ranking:
             end = next((i for i, at_ms in unread if i >= on_device and at_ms > turn_ms), len(homes))
             if replica.node not in self._serving:
                 end = on_device
-            local = homes[on_device:end].count(replica.node)
-            held = Held(
-                on_device * chunk_tokens,
-                local * chunk_tokens,
-                max(0, end - on_device - local) * chunk_tokens,
-            )
+            held = self._held(replica.node, runs, (on_device, end), chunk_tokens)
             costs.append(cost_of(name, prompt_tokens, held, queue_ms=queue_ms, rates=self.rates))
         best_ms = min((cost.total_ms for cost in costs), default=0.0)
         return sorted(costs, key=lambda cost: self._order(cost, best_ms))
@@ -244,11 +269,23 @@ class Ranking:
         if self._slabs is not None and replica.node in self._serving:
             self._slabs.use(replica.node, chunks, ready_ms=replica.busy_until_ms)
 
-    def completed(self, name: str, *, now_ms: float) -> None:
-        """A request has its whole answer. A replica that has none left has no queue."""
+    def withdrawn(self, cost: Cost, *, now_ms: float) -> None:
+        """A request that was counted by routed() went elsewhere, or nowhere."""
+        replica = self._replicas.get(cost.replica)
+        if replica is None:
+            return
+        replica.open_count = max(0, replica.open_count - 1)
+        replica.busy_until_ms = max(now_ms, replica.busy_until_ms - cost.compute_ms)
+
+    def completed(self, name: str, chunks: Sequence[Chunk], *, now_ms: float) -> None:
+        """A request has its whole answer: its prompt has been computed. A replica that has none
+        left has no queue.
+        """
         replica = self._replicas.get(name)
         if replica is None:
             return
+        if self._slabs is not None:
+            self._slabs.are_ready(chunks[:MAX_CHUNKS], now_ms=now_ms)
         replica.open_count = max(0, replica.open_count - 1)
         if not replica.open_count:
             replica.busy_until_ms = now_ms
@@ -259,7 +296,34 @@ class Ranking:
         for replica in self._replicas.values():
             assert len(replica.device) <= self._device_chunks
 
-    def _order(self, cost: Cost, best_ms: float) -> tuple[float, float, int]:
-        is_tie = cost.total_ms <= best_ms + TIE_MS
-        last = self._replicas[cost.replica].last_routed
-        return (0.0, 0.0, last) if is_tie else (1.0, cost.total_ms, last)
+    def _held(
+        self, node: str, runs: Sequence[_Run], span: tuple[int, int], chunk_tokens: int
+    ) -> Held:
+        """span: the chunks from the end of what is on the device to the end of what can be had."""
+        local_tokens = 0
+        peers: list[tuple[int, float]] = []
+        for owner, start, stop in runs:
+            tokens = (min(stop, span[1]) - max(start, span[0])) * chunk_tokens
+            if tokens <= 0:
+                continue
+            if owner == node:
+                local_tokens += tokens
+            else:
+                peers.append((tokens, self.rates.link(node, owner)))
+        return Held(span[0] * chunk_tokens, local_tokens, peers)
+
+    def _order(self, cost: Cost, best_ms: float) -> tuple[float, int, int]:
+        replica = self._replicas[cost.replica]
+        total_ms = cost.total_ms if cost.total_ms > best_ms + TIE_MS else best_ms
+        return total_ms, replica.open_count, replica.last_routed
+
+
+def _runs(homes: Sequence[str]) -> list[_Run]:
+    """One for each stretch of chunks of one node: few, however long the prompt."""
+    runs: list[_Run] = []
+    start = 0
+    for owner, stretch in groupby(homes):
+        stop = start + sum(1 for _ in stretch)
+        runs.append((owner, start, stop))
+        start = stop
+    return runs

@@ -250,7 +250,7 @@ class KVRayConnector(OffloadingConnector):
 
     @guarded(nothing)
     def _note_step_end(self) -> None:
-        self.lookups.prefill_rate.step_ends(time.monotonic())
+        self.lookups.step_ends(time.monotonic())
 
     def has_pending_push_work(self) -> bool:
         # Jobs that a reset made stale are forgotten by vLLM, not by us: their slots come back

@@ -44,6 +44,7 @@ from kvray.core.ids import BlockKey, Namespace, SlabId
 from kvray.core.keys import block_keys
 from kvray.core.messages import Grant, KeyState
 from kvray.core.reasons import MissReason
+from kvray.core.speeds import PREFILL_TOKENS, PREFILL_US, STORED_BYTES, STORED_TOKENS
 from kvray.engine import metrics, versions
 from kvray.engine.guard import guarded, nothing
 from kvray.engine.jobs import SlotSpec
@@ -89,7 +90,10 @@ class Lookups(OffloadingManager):
             (
                 "loaded_bytes",
                 "stored_chunks",
-                "stored_bytes",
+                STORED_BYTES,
+                STORED_TOKENS,
+                PREFILL_TOKENS,
+                PREFILL_US,
                 "dropped_chunks",
                 "early_loads",
                 "failed_loads",
@@ -102,6 +106,7 @@ class Lookups(OffloadingManager):
             0,
         )
         chunk_tokens = min(self._tokens_per_chunk.values(), default=1)
+        self._chunk_tokens = chunk_tokens
         self._tokens = TokenCounts(self.counters, chunk_tokens=chunk_tokens)
 
     def open(self, client: NodeClient, fields: Mapping[str, Any]) -> None:
@@ -415,7 +420,10 @@ class Lookups(OffloadingManager):
         """Every rank has reported the store. Only now may a slot be given away (rule 3)."""
         if good:
             self.counters["stored_chunks"] += len(spec)
-            self.counters["stored_bytes"] += int(spec.slot_bytes.sum())
+            self.counters[STORED_BYTES] += int(spec.slot_bytes.sum())
+            # A chunk of a hybrid model has a slot in each cache group.
+            groups = len(self.slot_bytes or (0,))
+            self.counters[STORED_TOKENS] += len(spec) * self._chunk_tokens // groups
             self._client.commit(SlabId(spec.slab_id), spec.places())
         else:
             self.counters["failed_stores"] += 1
@@ -427,6 +435,12 @@ class Lookups(OffloadingManager):
             self.counters[name] = self.counters.get(name, 0) + count
 
     # ---- the end of a step, of a request, of the weights
+
+    def step_ends(self, now_s: float) -> None:
+        """The oldest step that has begun is over."""
+        self.prefill_rate.step_ends(now_s)
+        self.counters[PREFILL_TOKENS] = self.prefill_rate.total_tokens
+        self.counters[PREFILL_US] = self.prefill_rate.total_us
 
     def scheduled(self, req_ids: Iterable[str]) -> None:
         """These requests compute in this step, so what was pinned for a load that did not come

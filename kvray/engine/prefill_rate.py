@@ -20,6 +20,8 @@ class PrefillRate:
         self._last_end_s = 0.0
         self._tokens = 0
         self._seconds = 0.0
+        self.total_tokens = 0  # of all that was ever measured: whoever looks now and then has a
+        self.total_us = 0  # rate of his own, as the difference of two looks
 
     @property
     def us_per_token(self) -> float:
@@ -45,6 +47,8 @@ class PrefillRate:
         self._last_end_s = now_s
         if tokens < MIN_STEP_TOKENS or took_s <= 0:
             return
+        self.total_tokens += tokens
+        self.total_us += round(took_s * 1e6)
         self._tokens += tokens
         self._seconds += took_s
         if self._tokens > MAX_KEPT_TOKENS:

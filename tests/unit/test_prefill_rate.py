@@ -10,6 +10,7 @@ def test_a_prompt_in_several_steps_gives_its_mean() -> None:
         rate.step_ends(begin_s + 1.0)
     assert rate.us_per_token == 600.0
     assert rate.tokens_per_s == 1_667
+    assert (rate.total_tokens, rate.total_us) == (5_000, 3_000_000)
 
 
 def test_a_step_that_was_scheduled_ahead_counts_from_the_end_of_the_one_before() -> None:
@@ -29,6 +30,7 @@ def test_decoding_and_empty_steps_say_nothing() -> None:
     rate.step_ends(2.0)
     assert rate.us_per_token == 0.0
     assert rate.tokens_per_s == 0
+    assert (rate.total_tokens, rate.total_us) == (0, 0)
 
 
 def test_an_engine_that_has_become_slower_says_so_soon() -> None:
