@@ -148,7 +148,7 @@ mutants: install
 faults: system install
 	$(VENV)/bin/python benchmarks/faults.py $(ARGS)
 
-bench: system-nginx install
+bench: system-nginx install install-ray-llm
 	$(VENV)/bin/python benchmarks/report.py $(ARGS)
 
 pictures: system-test install

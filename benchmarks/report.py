@@ -28,6 +28,8 @@ from benchmarks import report_page, report_plots
 
 FOLDER = Path(__file__).resolve().parent
 TRACE = "tests/data/mooncake_conversation.jsonl.xz"
+# What needs ray[llm] runs in the environment that `make install-ray-llm` makes.
+RAY_LLM_PYTHON = str(FOLDER.parent / ".venv-ray-llm" / "bin" / "python")
 # The longest, long_doc_qa with three modes and two scenarios, takes ten minutes here.
 SCRIPT_LIMIT_S = 1_800
 
@@ -42,6 +44,7 @@ class Entry:
     script: str
     arguments: tuple[str, ...] = ()
     is_short: bool = False
+    python: str = sys.executable
 
 
 def _hit_rate(nodes: int, blocks: int, *, is_short: bool = False) -> Entry:
@@ -65,6 +68,7 @@ ENTRIES = (
     _hit_rate(4, 8_000),
     _hit_rate(16, 2_000),
     Entry("routing", "routing.py", (TRACE,)),
+    Entry("serve_routing", "serve_routing.py", python=RAY_LLM_PYTHON),
     Entry("idle", "idle.py", is_short=True),
     Entry("overhead", "overhead.py"),
     Entry("watching", "watching.py"),
@@ -78,12 +82,13 @@ ENTRIES = (
 def run(entry: Entry, *, is_smoke: bool) -> dict[str, Any]:
     """What the script's last line says, with the command and the time that it took; or an error."""
     arguments = [*entry.arguments, "--json", *(["--smoke"] if is_smoke else [])]
-    command = ["python", f"benchmarks/{entry.script}", *arguments]
+    python = ".venv-ray-llm/bin/python" if entry.python == RAY_LLM_PYTHON else "python"
+    command = [python, f"benchmarks/{entry.script}", *arguments]
     begun_s = time.monotonic()
     result: dict[str, Any]
     try:
         done = subprocess.run(  # noqa: S603 (our own scripts)
-            [sys.executable, str(FOLDER / entry.script), *arguments],
+            [entry.python, str(FOLDER / entry.script), *arguments],
             cwd=FOLDER.parent,
             stdout=subprocess.PIPE,
             text=True,
@@ -92,7 +97,7 @@ def run(entry: Entry, *, is_smoke: bool) -> dict[str, Any]:
         )
         result = json.loads(done.stdout.splitlines()[-1])
         result["exit_code"] = done.returncode
-    except (subprocess.TimeoutExpired, IndexError, json.JSONDecodeError) as exc:
+    except (OSError, subprocess.TimeoutExpired, IndexError, json.JSONDecodeError) as exc:
         result = {"benchmark": entry.name, "error": f"no result: {type(exc).__name__}"}
     result["command"] = " ".join(command)
     result["took_s"] = round(time.monotonic() - begun_s, 1)

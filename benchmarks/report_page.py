@@ -24,6 +24,7 @@ TITLES = {
     "lookup": "Look-ups, locates, registering, the directory",
     "hit_rate": "One cache of N x C",
     "routing": "Which replica a request should go to",
+    "serve_routing": "Which replica a request should go to: in Ray Serve itself",
     "idle": "What idling costs",
     "overhead": "What kvray costs where nothing is reused",
     "watching": "What watching costs, and how soon one sees",

@@ -39,10 +39,13 @@ class Decisions:
 
 
 def percentile_ms(counts: list[int], percent: float) -> float:
-    """The bound below which so many are; infinite for what took longer than the last one."""
-    needed = sum(counts) * percent / 100
+    """The bound below which so many are; infinite for what took longer than the last one, 0 if
+    there was none.
+    """
+    total = sum(counts)
+    below = 0
     for bound_ms, count in zip((*BOUNDS_MS, float("inf")), counts, strict=True):
-        needed -= count
-        if needed <= 0:
+        below += count
+        if below and below * 100 >= total * percent:
             return bound_ms
-    return 0.0  # there was no decision
+    return 0.0

@@ -122,13 +122,13 @@ class Watch:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """A request that was ranked: what for, and on whom it counts. others: while Serve has not
-    said where it went. ended_on: who has answered it, or rejected it, before that.
+    """A request that was ranked: what for, and on whom it counts, if it does. costs: while Serve
+    has not said where it went. ended_on: who has answered it, or rejected it, before that.
     """
 
     prompt: Prompt
-    counted: Cost
-    others: Mapping[str, Cost]
+    costs: Mapping[str, Cost]
+    counted: Cost | None
     since_ms: float
     ended_on: str = ""
 
@@ -243,7 +243,7 @@ class KVRayRouter(MultiplexMixin, RequestRouter):
         opened = self._open.get(internal_request_id) or self._choosing.get(internal_request_id)
         if opened is None:
             return
-        if opened.counted.replica == name:
+        if opened.counted is not None and opened.counted.replica == name:
             self._open.pop(internal_request_id, None)
             self._choosing.pop(internal_request_id, None)
             self._ranking.completed(name, opened.prompt.chunks, now_ms=_now_ms())
@@ -256,26 +256,26 @@ class KVRayRouter(MultiplexMixin, RequestRouter):
         if opened is None:
             return
         name, now_ms = replica_id.to_full_id_str(), _now_ms()
-        if opened.counted.replica != name:
-            self._ranking.withdrawn(opened.counted, now_ms=now_ms)
-            cost = opened.others.get(name)
-            if cost is None:
-                return
+        cost = opened.costs.get(name)
+        if cost != opened.counted:
+            self._withdraw(opened, now_ms)
+        if cost is None:
+            return
+        if cost != opened.counted:
             self._ranking.routed(cost, opened.prompt.chunks, now_ms=now_ms)
-            opened = dataclasses.replace(opened, counted=cost)
         if opened.ended_on == name:
             self._ranking.completed(name, opened.prompt.chunks, now_ms=now_ms)
             return
-        self._open[request_id] = dataclasses.replace(opened, others={})
+        self._open[request_id] = dataclasses.replace(opened, costs={}, counted=cost)
         if len(self._open) > MAX_OPEN:
             _, dropped = self._open.popitem(last=False)
-            self._ranking.withdrawn(dropped.counted, now_ms=now_ms)
+            self._withdraw(dropped, now_ms)
 
     def _rank(
         self, candidates: dict[ReplicaID, RunningReplica], request: PendingRequest
     ) -> list[RunningReplica]:
         """Counts the request on the best at once: the next one is ranked before Serve has heard
-        from the replica, which takes it some ms.
+        from the replica, which takes it some ms. Where two choices decide, it counts when it went.
         """
         request_id = request.metadata.internal_request_id
         before = self._choosing.pop(request_id, None) or self._open.pop(request_id, None)
@@ -284,7 +284,7 @@ class KVRayRouter(MultiplexMixin, RequestRouter):
             now_ms = _now_ms()
             self._apply_view()
             if before is not None:
-                self._ranking.withdrawn(before.counted, now_ms=now_ms)
+                self._withdraw(before, now_ms)
             self._forget_cancelled(now_ms)
             by_name = {key.to_full_id_str(): replica for key, replica in candidates.items()}
             costs = self._ranking.rank(
@@ -294,20 +294,25 @@ class KVRayRouter(MultiplexMixin, RequestRouter):
                 now_ms=now_ms,
                 among=list(by_name),
             )
-            if costs:
-                others = {cost.replica: cost for cost in costs[1:]}
-                self._choosing[request_id] = Open(prompt, costs[0], others, now_ms)
-                self._ranking.routed(costs[0], prompt.chunks, now_ms=now_ms)
+            best = costs[0] if costs and not self.is_silent else None
+            if best is not None:
+                self._ranking.routed(best, prompt.chunks, now_ms=now_ms)
+            by_replica = {cost.replica: cost for cost in costs}
+            self._choosing[request_id] = Open(prompt, by_replica, best, now_ms)
         return [by_name[cost.replica] for cost in costs]
 
     def _forget_cancelled(self, now_ms: float) -> None:
         """Serve tells nothing of a request that was given up before it was sent."""
         while self._choosing:
             request_id, oldest = next(iter(self._choosing.items()))
-            if now_ms - oldest.since_ms < CHOOSING_MS:
+            if now_ms - oldest.since_ms < CHOOSING_MS and len(self._choosing) < MAX_OPEN:
                 return
             del self._choosing[request_id]
-            self._ranking.withdrawn(oldest.counted, now_ms=now_ms)
+            self._withdraw(oldest, now_ms)
+
+    def _withdraw(self, opened: Open, now_ms: float) -> None:
+        if opened.counted is not None:
+            self._ranking.withdrawn(opened.counted, now_ms=now_ms)
 
     def _apply_view(self) -> None:
         view = self._watch.view
