@@ -106,17 +106,20 @@ class Watch:
         self._stopping.set()
 
     def _run(self) -> None:
+        silent_at_s = time.monotonic() + SILENT_S
         while not self._stopping.is_set():
             try:
                 nodes = self._look()
             except (KVRayError, RayError) as exc:
-                logger.debug("the directory does not answer: %s", exc)
+                if silent_at_s <= time.monotonic():
+                    silent_at_s = float("inf")  # said once
+                    logger.warning("kvray: requests go by two choices from now on: %s", exc)
             else:
                 rates = self._beliefs.rates(self._seen.look(nodes))
-                was_silent = self.view.is_silent
-                self.view = View(frozenset(nodes), rates, time.monotonic())
-                if was_silent:
+                if self.view.is_silent:
                     logger.info("kvray: this router ranks by cost: %d nodes serve", len(nodes))
+                self.view = View(frozenset(nodes), rates, time.monotonic())
+                silent_at_s = time.monotonic() + SILENT_S
             self._stopping.wait(self._period_s)
 
 

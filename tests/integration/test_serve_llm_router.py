@@ -31,6 +31,7 @@ ROUTED: dict[str, Any] = {
     "request_router_config": {"request_router_class": "kvray.serve.router:KVRayRouter"}
 }
 DOCUMENT_TOKENS, QUESTION_TOKENS = 1_600, 40  # a router's chunk has 512 tokens
+PROMPT_TOKENS = DOCUMENT_TOKENS + QUESTION_TOKENS
 DOCUMENTS = 4
 ROUNDS = 3
 ASKERS, HOT_QUESTIONS = 6, 4
@@ -69,14 +70,19 @@ def test_documents_go_back_to_their_reader_and_a_hot_one_spreads() -> None:
         # Many want the same one at once: both answer, and the other one has not computed it.
         before = app.tokens()
         ask_at_once(app, document(0))
-        grown = [
-            {source: now[source] - then[source] for source in now}
-            for now, then in zip(app.tokens(), before, strict=True)
-        ]
+        asked_tokens = ASKERS * HOT_QUESTIONS * PROMPT_TOKENS
+        wait_until(
+            lambda: sum(sum(node.values()) for node in grown_since(app, before)) >= asked_tokens,
+            what="the engines' word on where their tokens came from",
+        )
+        grown = grown_since(app, before)
         reader, other = grown[readers[0]], grown[1 - readers[0]]
+        for node in (reader, other):
+            requests = sum(node.values()) // PROMPT_TOKENS
+            assert requests >= 2, grown
+            assert node["computed"] == requests * (PROMPT_TOKENS - full_chunks(DOCUMENT_TOKENS))
         assert other["peer"] >= full_chunks(DOCUMENT_TOKENS), grown
-        assert other["computed"] < DOCUMENT_TOKENS, grown
-        assert reader["device"] >= full_chunks(DOCUMENT_TOKENS), grown
+        assert reader["device"] == sum(reader.values()) - reader["computed"], grown
 
 
 def test_what_is_deployed_anew_leaves_nothing_of_what_it_replaces() -> None:
@@ -166,6 +172,14 @@ class busy:  # noqa: N801 (a context manager)
             except Exception as exc:  # noqa: BLE001 (whatever it is, the test fails with it)
                 self._failures.append(exc)
                 return
+
+
+def grown_since(app: "App", before: list[dict[str, int]]) -> list[dict[str, int]]:
+    """Of each node: tokens by source."""
+    return [
+        {source: now[source] - then[source] for source in now}
+        for now, then in zip(app.tokens(), before, strict=True)
+    ]
 
 
 def ask_at_once(app: "App", text: list[int]) -> None:
