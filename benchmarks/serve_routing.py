@@ -36,7 +36,7 @@ from benchmarks.serve_routing_world import (
     Answer,
     Case,
     Message,
-    decision_p99_ms,
+    decisions_ms,
     serving,
     smollm2_folder,
 )
@@ -45,13 +45,13 @@ from tests.ray_nodes import running_nodes
 
 TEXT = ROOT / "examples" / "data" / "constitution.txt"
 DOCUMENT_WORDS = 1_300  # about 1,550 tokens, three seconds of a core
-DOCUMENTS, QUICK_DOCUMENTS = 6, 2
+DOCUMENTS, QUICK_DOCUMENTS = 5, 2
 TURNS, QUICK_TURNS = 3, 2
 TURN_WORDS = 30
-MEAN_GAP_S = 1.5  # round-robin without kvray then computes six tenths of the time
-HOT_REQUESTS, QUICK_HOT_REQUESTS = 30, 6
+MEAN_GAP_S = 2.5  # round-robin without kvray then computes for about six tenths of the time
+HOT_REQUESTS, QUICK_HOT_REQUESTS = 24, 6
 HOT_WORDS = 200  # of a question: 250 tokens, half a second of a core
-HOT_GAP_S = 0.45  # more than one replica answers, less than two
+HOT_GAP_S = 0.7  # more than one replica answers, less than two
 WARM_UPS, WARM_WORDS = 6, 250
 MAX_DECISION_MS = 2.0
 SEED = 6
@@ -106,7 +106,7 @@ def measure(cases: tuple[Case, ...], *, is_quick: bool) -> dict[str, Any]:
     warm_up = [writer.text(WARM_WORDS) for _ in range(WARM_UPS)]
     model = smollm2_folder(console.print)
     rows: list[dict[str, Any]] = []
-    decision_ms = 0.0
+    decisions: dict[str, float] = {}
     with running_nodes(2, slab_bytes=SLAB_BYTES) as nodes:
         for case in cases:
             console.print(f"[bold]{case.name}[/]: two replicas start")
@@ -115,14 +115,14 @@ def measure(cases: tuple[Case, ...], *, is_quick: bool) -> dict[str, Any]:
                 requests.ask(document)
                 rows.append(row(case, "hot", requests.play(hot)))
                 if case.router_class == KVRAY:
-                    decision_ms = decision_p99_ms(len(documents) + len(hot))
+                    decisions = decisions_ms(len(documents) + len(hot))
             for done in rows[-2:]:
                 console.print(f"  {done}", highlight=False)
     return {
         "model": "SmolLM2-135M",
         "replicas": 2,
         "document_tokens": documents_tokens(rows),
-        "decision_p99_ms_at_most": decision_ms,
+        "decision_ms_at_most": decisions,
         "rows": rows,
     }
 
@@ -156,7 +156,9 @@ def bars(result: dict[str, Any]) -> list[Bar]:
     failed = sum(found["failed"] for found in result["rows"])
     return [
         at_most(0, "failed requests", failed),
-        at_most(MAX_DECISION_MS, "a decision in Serve, p99 ms", result["decision_p99_ms_at_most"]),
+        at_most(
+            MAX_DECISION_MS, "a decision in Serve, p99 ms", result["decision_ms_at_most"]["p99"]
+        ),
     ]
 
 
@@ -182,7 +184,8 @@ def main() -> int:
         "--quick", "--smoke", action="store_true", help="two cases, a few requests, no bars"
     )
     arguments = parser.parse_args()
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request
+    for name in ("httpx", "httpx2"):  # OpenAI's client uses one of them: a line a request
+        logging.getLogger(name).setLevel(logging.WARNING)
     cases = CASES[-1:] + CASES[2:3] if arguments.quick else CASES
     result = measure(cases, is_quick=arguments.quick)
     return finish(

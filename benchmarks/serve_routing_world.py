@@ -50,7 +50,7 @@ __all__ = [
     "Answer",
     "Case",
     "Message",
-    "decision_p99_ms",
+    "decisions_ms",
     "serving",
     "smollm2_folder",
 ]
@@ -189,9 +189,9 @@ def serving(case: Case, model: Path, nodes: Nodes, warm_up: Sequence[str]) -> It
                 Path(path).unlink()
 
 
-def decision_p99_ms(count: int) -> float:
-    """The bound below which 99 of 100 decisions of the router were, out of Ray's metrics. count:
-    so many at least have been made.
+def decisions_ms(count: int) -> dict[str, float]:
+    """The bounds below which half and 99 of 100 of the router's decisions were, out of Ray's
+    metrics, and how many there are. count: so many at least have been made.
     """
     counts: list[int] = []
 
@@ -200,7 +200,7 @@ def decision_p99_ms(count: int) -> float:
         return sum(counts) >= count
 
     wait_until(is_told, what="the router's metrics", limit_s=SCRAPE_LIMIT_S)
-    return percentile_ms(counts, 99)
+    return {"p50": percentile_ms(counts, 50), "p99": percentile_ms(counts, 99), "n": sum(counts)}
 
 
 def _decision_counts() -> list[int]:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +52,19 @@ KEYS = {
 
 @pytest.mark.parametrize("name", KEYS)
 def test_a_smoke_ends_with_its_figures(name: str) -> None:
+    assert KEYS[name] <= smoke(name).keys()
+
+
+@pytest.mark.ray_llm
+def test_a_smoke_in_ray_serve_ends_with_its_figures() -> None:
+    """Two replicas start twice."""
+    result = smoke("serve_routing")
+    assert {row["scene"] for row in result["rows"]} == {"documents", "hot"}
+    assert not any(row["failed"] for row in result["rows"])
+    assert result["decision_ms_at_most"]["n"] >= result["n"]
+
+
+def smoke(name: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--smoke", "--json"],
         capture_output=True,
@@ -59,11 +73,11 @@ def test_a_smoke_ends_with_its_figures(name: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert result["benchmark"] == name
     assert result["n"] >= 1
     assert result["machine"]["cores"] >= 1
-    assert KEYS[name] <= result.keys()
+    return result
 
 
 def test_the_report_writes_a_page_of_what_the_scripts_said(tmp_path: Path) -> None:
