@@ -38,6 +38,7 @@ help:
 	@echo 'make test          unit, property, contract and integration tests, under half an hour'
 	@echo 'make test-all      make test, and what is slower'
 	@echo 'make test-cluster  ray up and down with ray_cluster.yaml on three hosts made of namespaces'
+	@echo 'make wheel         dist/: what to install on other machines'
 	@echo 'make test-wheel    builds the wheel, and tries it in a clean environment'
 	@echo 'make from-wheel RUN=TARGET   any of these with the wheel in place of the checkout'
 	@echo 'make test-ray-llm  the engine tests with the pair of ray[llm], and Ray Serve LLM'
@@ -132,6 +133,9 @@ test-slow: system-test system-cluster system-nginx install
 	$(call pytest,$(VENV),$(SLOW_LIMIT_S)) -m 'slow and not ray_llm' $(ARGS)
 
 test-all: test test-slow
+
+wheel: install
+	$(VENV)/bin/python -m build
 
 # Builds sdist and wheel, and tries the wheel in a clean environment. ARGS='--extra cpu': one more.
 test-wheel: system install

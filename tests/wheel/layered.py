@@ -4,7 +4,7 @@
     ENVIRONMENT-wheel/       hard links to ENVIRONMENT, with the wheel in place of the checkout that
                              is installed there, and a guard. Seconds, and next to no bytes
     build/from-wheel/        a copy of all that git knows but kvray/: here tests are started, and
-                             there is no kvray that they could find by mistake
+                             there is no kvray that they could find by mistake, but the wheel
 
 `make from-wheel RUN=TARGET` calls this, and then that target in build/from-wheel.
 """
@@ -41,6 +41,8 @@ def main(environments: list[str]) -> int:
         if old.name != KEPT:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
     copy_sources(CHECKOUT, kvray=False)
+    (CHECKOUT / "dist").mkdir()
+    shutil.copy2(wheel, CHECKOUT / "dist")  # ray_cluster.yaml takes it from there
     return 0
 
 
