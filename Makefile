@@ -23,6 +23,7 @@ CLUSTER_LIMIT_S := 900
 WHEEL_LIMIT_S := 1800
 
 WHEEL_NOTES := $(CURDIR)/build/from-wheel-processes
+runs_ray_llm = $(findstring ray-llm,$(RUN))$(findstring serve,$(RUN))
 
 # Runs pytest so that no process outlives it, whatever happens in the tests.
 pytest = $(1)/bin/python -m tests.contained --limit-s $(2) -- $(1)/bin/python -m pytest
@@ -142,13 +143,12 @@ test-wheel: system install
 	@$(VENV)/bin/python -m tests.contained --limit-s $(WHEEL_LIMIT_S) -- \
 	    $(VENV)/bin/python -m tests.wheel $(ARGS)
 
-install-wheel: install
-	$(VENV)/bin/python -m tests.wheel.layered $(VENV) \
-	    $(if $(wildcard $(VENV_RAY_LLM)/.installed),$(VENV_RAY_LLM))
+install-wheel: install $(if $(runs_ray_llm),install-ray-llm)
+	$(VENV)/bin/python -m tests.wheel.layered $(VENV) $(if $(runs_ray_llm),$(VENV_RAY_LLM))
 
 # Any other target where kvray is what the wheel has installed: make from-wheel RUN=test-cluster.
 # -o: the environments there are hard links to those here, made just now.
-from-wheel: $(if $(findstring ray-llm,$(RUN)),install-ray-llm) install-wheel
+from-wheel: install-wheel
 	@rm -rf $(WHEEL_NOTES) && mkdir -p $(WHEEL_NOTES)
 	@env -u PYTHONPATH KVRAY_FROM_WHEEL=$(WHEEL_NOTES) $(MAKE) -C build/from-wheel \
 	    -o install -o install-ray-llm \

@@ -51,9 +51,10 @@ def lay(environment: Path, wheel: Path) -> None:
     another one of the same name in the new folder.
     """
     target = environment.with_name(environment.name + SUFFIX)
-    if target.exists():
-        shutil.rmtree(target)
-    run(["cp", "-al", str(environment.resolve()), str(target)], limit_s=LINK_LIMIT_S)
+    if not _is_link_of(target, environment):
+        if target.exists():
+            shutil.rmtree(target)
+        run(["cp", "-al", str(environment.resolve()), str(target)], limit_s=LINK_LIMIT_S)
     python = str(target / "bin" / "python")
     pip = [python, "-m", "pip", "--no-input", "--disable-pip-version-check", "-q"]
     run([*pip, "uninstall", "-y", "kvray"], limit_s=PIP_LIMIT_S)
@@ -64,6 +65,15 @@ def lay(environment: Path, wheel: Path) -> None:
     packages = Path(run(where, limit_s=PIP_LIMIT_S).strip())
     shutil.copyfile(guard.__file__, packages / f"{guard.NAME}.py")
     (packages / f"{guard.NAME}.pth").write_text(f"import {guard.NAME}\n")
+
+
+def _is_link_of(target: Path, environment: Path) -> bool:
+    """Whether it was finished after the last installation into the environment, whose stamp says
+    when that was.
+    """
+    stamp = environment / ".installed"
+    finished = target.glob(f"lib/python*/site-packages/{guard.NAME}.pth")
+    return stamp.exists() and any(path.stat().st_mtime > stamp.stat().st_mtime for path in finished)
 
 
 def _rename_in_scripts(folder: Path, old: str, new: str) -> None:
