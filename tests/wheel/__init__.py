@@ -5,6 +5,7 @@
     python -m tests.wheel.layered    .venv with the wheel in place of the checkout, beside a copy of
                                      everything that is not kvray              (make install-wheel)
 
+sources    what git knows of this checkout, copied
 building   sdist and wheel, and what is wrong with them
 clean      an environment with what pip brings, and nothing else
 doors      what kvray says there; runs in that environment, without this package
