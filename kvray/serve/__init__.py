@@ -11,19 +11,31 @@ KVRayRouter chooses the replica of a request (router). The only package that kno
 ray.serve.llm, which it imports when it is called, or asked for the router.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from kvray.serve.app import build_openai_app, enable
-
 if TYPE_CHECKING:
+    from kvray.serve.app import build_openai_app, enable
     from kvray.serve.router import KVRayRouter
+
+_MODULE_OF = {
+    "KVRayRouter": "kvray.serve.router",
+    "build_openai_app": "kvray.serve.app",
+    "enable": "kvray.serve.app",
+}
 
 __all__ = ["KVRayRouter", "build_openai_app", "enable"]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 (a module's attribute)
-    if name == "KVRayRouter":
-        from kvray.serve.router import KVRayRouter
+if not TYPE_CHECKING:  # for whom a name that is not there would be one of any type
 
-        return KVRayRouter
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:  # noqa: ANN401 (a module's attribute)
+        module = _MODULE_OF.get(name)
+        if module is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            return getattr(import_module(module), name)
+        except ModuleNotFoundError as exc:
+            from kvray.missing import missing_package
+
+            raise missing_package(f"kvray.serve.{name}", exc) from exc

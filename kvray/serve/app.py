@@ -14,7 +14,7 @@ from kvray.engine.arguments import (
     is_untested_cache,
     transfer_settings,
 )
-from kvray.errors import ConfigError, NotAttachedError
+from kvray.errors import ConfigError, MissingPackageError, NotAttachedError
 
 if TYPE_CHECKING:
     from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
@@ -35,8 +35,8 @@ def enable(config: "AnyConfig", **settings: object) -> "AnyConfig":
     a replica whose node has no NodeStore says so and serves uncached until it has one.
 
     Raises ConfigError for an unknown setting, for a config that names another connector,
-    or a Ray that was not tested; NotAttachedError where ray.serve.llm is missing, or the engine
-    would be one that kvray refuses.
+    or a Ray that was not tested; MissingPackageError where ray.serve.llm is; NotAttachedError if
+    the engine would be one that kvray refuses.
     """
     require_serve_llm()
     transfer = transfer_config(config.engine_kwargs, settings)
@@ -66,14 +66,14 @@ def build_openai_app(arguments: Mapping[str, Any]) -> "Application":
 
 
 def require_serve_llm() -> None:
-    """Raises NotAttachedError where ray.serve.llm can not be imported; ConfigError for a Ray that
-    was not tested: connector backends are an internal interface of it, without promises.
+    """Raises MissingPackageError where ray.serve.llm can not be imported; ConfigError for a Ray
+    that was not tested: connector backends are an internal interface of it, without promises.
     """
     refuse_untested_ray(ray.__version__)
     try:
         import_module("ray.serve.llm")
     except ImportError as exc:
-        raise NotAttachedError(
+        raise MissingPackageError(
             f"kvray.serve needs Ray Serve LLM, and ray.serve.llm can not be imported here: {exc}. "
             f"Install it on every node: pip install 'ray[llm]~={TESTED_RAY}.0'. Engines outside "
             "of Ray Serve need nothing of this: see kvray.attach and kvray.enable"

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from kvray.cluster import Cluster
 from kvray.core.ids import Namespace
+from kvray.engine.versions import require_installed
 from kvray.errors import ConfigError
 from kvray.watch.doctor import Engine
 from kvray.watch.tables import NODE_CHARS
@@ -38,9 +39,12 @@ def one_engine(engines: Sequence[Engine], model: str) -> Engine:
 
 
 def token_ids_of(tokens: str, prompt: str, model: str) -> list[int]:
-    """Of a list, of a file (@path, a JSON list), or of a text. Raises ConfigError."""
+    """Of a list, of a file (@path, a JSON list), or of a text. Raises ConfigError, and
+    MissingPackageError without vLLM.
+    """
     if bool(tokens) == bool(prompt):
         raise ConfigError("give either --tokens 1,2,3 (or --tokens @FILE) or --prompt TEXT")
+    require_installed("`kvray where`")  # it hashes as the engines do, and has the tokenizer
     if prompt:
         return _tokenized(prompt, model)
     try:

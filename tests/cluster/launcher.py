@@ -12,6 +12,7 @@ import yaml
 
 from tests.cluster.hosts import Hosts
 from tests.engines import ROOT
+from tests.wheel.building import build
 
 COMMITTED = ROOT / "ray_cluster.yaml"
 UP_LIMIT_S = 240.0  # ssh, Ray's head, kvray's directory and a NodeStore: half a minute
@@ -30,9 +31,15 @@ def for_hosts(
     # There is no Docker daemon in a namespace. Of what the options of its containers give, a host
     # has a /dev/shm of its own and, where that is allowed, locked memory (boot.sh); no RDMA card.
     del config["docker"]
-    # They see this checkout and its environment, and reach no registry to install a release from.
-    config["setup_commands"] = []
+    # They see this machine's environment, and reach no registry to install anything from: what is
+    # left is that the wheel has come to each of them.
+    config["setup_commands"] = [f"python -m zipfile -t {path}" for path in wheels(config)]
     return config
+
+
+def wheels(config: dict[str, Any]) -> list[str]:
+    """Where hosts are to find kvray's."""
+    return [path for path in config["file_mounts"] if path.endswith(".whl")]
 
 
 class Launcher:
@@ -46,6 +53,9 @@ class Launcher:
             workers=[hosts[name].address for name in workers],
             key=hosts.key,
         )
+        for path in wheels(config):
+            if not (ROOT / config["file_mounts"][path]).exists():
+                build(ROOT, ROOT / "dist")
         self.config_path = hosts.folder / "ray_cluster.yaml"
         self.config_path.write_text(yaml.safe_dump(config, sort_keys=False))
 

@@ -86,7 +86,7 @@ sys.modules["ray.serve.llm"] = None
 import kvray.serve
 try:
     kvray.serve.build_openai_app({"llm_configs": []})
-except kvray.NotAttachedError as exc:
+except kvray.MissingPackageError as exc:
     print(exc)
 """
     said = subprocess.run(
