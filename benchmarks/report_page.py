@@ -28,6 +28,7 @@ TITLES = {
     "overhead": "What kvray costs where nothing is reused",
     "watching": "What watching costs, and how soon one sees",
     "behind_nginx": "Two vllm serve behind nginx",
+    "descriptors": "What describing a copy job costs",
 }
 
 

@@ -18,7 +18,8 @@ from kvray.config import EngineConfig, find_sockets
 from kvray.engine import metrics
 from kvray.engine.discovery import socket_finder
 from kvray.engine.lookups import Lookups
-from kvray.engine.transfers import Transfers, group_pages
+from kvray.engine.pieces import group_pages
+from kvray.engine.transfers import Transfers
 from kvray.node.client import Session, WorkerClient
 
 FIRST_SESSION_S = 2.0  # a hello takes ms, filling the page tables of 1 GiB about 0.1 s

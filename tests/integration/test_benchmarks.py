@@ -36,6 +36,7 @@ KEYS = {
     "routing": {"mean_ms", "decision_ms", "prefill_tokens_per_s", "link_gb_per_s"},
     "behind_nginx": {"modes", "ttft_gain", "request_rate_per_s", "throughput_ratios"},
     "watching": {"status_ms", "lookup_us", "watched_over_unwatched"},
+    "descriptors": {"jobs"},
     "lookup": {
         "lookup_us",
         "held",
