@@ -26,10 +26,11 @@ from vllm.v1.kv_offload.base import (
 
 from kvray.core.durations import copy_counter
 from kvray.engine.arrivals import Arrivals
-from kvray.engine.copier import CpuExecutor, Direction, Executor
+from kvray.engine.copier import Direction, Executor
 from kvray.engine.guard import guarded, nothing
 from kvray.engine.jobs import RankHandshake, SlotSpec
 from kvray.engine.pieces import GroupPages, build_pieces
+from kvray.engine.workplace import Copies
 from kvray.node.client import WorkerClient
 from kvray.node.process import boot_id
 
@@ -52,13 +53,14 @@ class Transfers(OffloadingWorker):
         groups: Sequence[GroupPages],
         rank: int,
         client: WorkerClient,
-        executor: Executor | None = None,
+        copies: Copies,
     ) -> None:
         self.faulted: str | None = None
         self._groups = list(groups)
         self._rank = rank
         self._client = client
-        self._executor: Executor = executor or CpuExecutor()
+        self._copies_of_device = copies
+        self._executor: Executor = copies.executor
         self._void_before = 0
         self._computes = False
         self._loads: dict[int, tuple[GPULoadStoreSpec, SlotSpec]] = {}
@@ -187,5 +189,5 @@ class Transfers(OffloadingWorker):
 
     @guarded(nothing)
     def shutdown(self) -> None:
-        self._executor.close()
+        self._copies_of_device.close()
         self._client.close()
