@@ -8,6 +8,9 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 VENV_RAY_LLM := .venv-ray-llm
+VENV_GPU := .venv-gpu
+# Any Python with torch and cupy will do; without one of its own the test says what is missing.
+GPU_PYTHON ?= $(firstword $(wildcard $(VENV_GPU)/bin/python $(VENV)/bin/python) $(PYTHON))
 LOCK := requirements/lock-vllm-0.32.txt
 LOCK_RAY_LLM := requirements/lock-vllm-0.29.txt
 SYSTEM_PACKAGES := $(shell grep -v '^\#' requirements/system-packages.txt)
@@ -27,6 +30,9 @@ pytest = $(1)/bin/python -m tests.contained --limit-s $(2) -- $(1)/bin/python -m
 .PHONY: help system system-test system-cluster system-nginx install install-ray-llm demo \
     demo-serve demo-nginx test test-slow test-all test-cluster test-ray-llm test-ray-llm-slow sim \
     mutants faults bench pictures lint format clean
+.PHONY: help system system-test system-cluster install install-ray-llm demo demo-serve test \
+    test-slow test-all test-cluster test-gpu install-gpu test-ray-llm test-ray-llm-slow sim mutants faults bench \
+    pictures lint format clean
 
 help:
 	@echo 'make demo          two nodes, two engines, one document (installs what it needs first)'
@@ -35,6 +41,7 @@ help:
 	@echo 'make test          unit, property, contract and integration tests, under half an hour'
 	@echo 'make test-all      make test, and what is slower'
 	@echo 'make test-cluster  ray up and down with ray_cluster.yaml on three hosts made of namespaces'
+	@echo 'make test-gpu      copies on a GPU: tests and the table of benchmarks/gpu.py; without vLLM'
 	@echo 'make test-ray-llm  the engine tests with the pair of ray[llm], and Ray Serve LLM'
 	@echo 'make test-ray-llm-slow   what of Ray Serve LLM is slower'
 	@echo 'make sim           2,000 seeds of the cluster simulator, about a quarter of an hour'
@@ -133,6 +140,19 @@ test-cluster: system-cluster install
 	@$(VENV)/bin/python -m tests.contained --limit-s $(CLUSTER_LIMIT_S) -- \
 	    $(VENV)/bin/python -m tests.cluster
 
+# What a machine needs for it: a GPU, torch, cupy. It says why it does nothing where there is none.
+test-gpu:
+	$(GPU_PYTHON) -m tests.gpu $(ARGS)
+
+# Not pinned as a whole, for it is not what kvray is used with: torch brings CUDA's own packages.
+install-gpu: $(VENV_GPU)/.installed
+
+$(VENV_GPU)/.installed: requirements/gpu.txt
+	@test -x $(VENV_GPU)/bin/python || "$(PYTHON)" -m venv $(VENV_GPU)
+	@$(VENV_GPU)/bin/python -m pip install -qq --no-input --disable-pip-version-check \
+	    -r requirements/gpu.txt
+	@touch $@
+
 test-ray-llm: system install-ray-llm
 	$(call pytest,$(VENV_RAY_LLM),$(RAY_LLM_LIMIT_S)) -m '(engine or ray_llm) and not slow' $(ARGS)
 
@@ -166,5 +186,5 @@ format: install
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV_RAY_LLM) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf $(VENV) $(VENV_RAY_LLM) $(VENV_GPU) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 	    .import_linter_cache build *.egg-info

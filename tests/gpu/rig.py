@@ -116,8 +116,10 @@ def open_executor(where: Where) -> Iterator[tuple[Executor, CudaDevice | None]]:
     """And the CUDA device under it, if there is one."""
     if not where.is_cuda:
         threads = CpuExecutor()
-        yield threads, None
-        threads.close()
+        try:
+            yield threads, None
+        finally:
+            threads.close()
         return
     with ExitStack() as stack:
         driver = _driver(where, stack)
@@ -128,9 +130,11 @@ def open_executor(where: Where) -> Iterator[tuple[Executor, CudaDevice | None]]:
             choose=_forced(where.way),
         )
         executor = StreamExecutor(device)
-        yield executor, device
-        executor.close()
-        device.let_go()
+        try:
+            yield executor, device
+        finally:
+            executor.close()
+            device.let_go()
 
 
 def _driver(where: Where, stack: ExitStack) -> Driver:
@@ -392,10 +396,12 @@ def open_rig(
         for group in group_pages(caches[0].canonical(), blocks_per_chunk=shape.blocks_per_chunk)
     )
     slab = NodeSlab(geometry_for(part_bytes * ranks, slots))
-    with open_executor(where) as (executor, device):
-        mapped = slab.map()
-        if device is not None and where.way is not Way.SINGLE:
-            device.pins.begin(mapped)
-            assert device.pins.wait(LIMIT_S)
-        yield Rig(slab, mapped, caches, executor)
-    slab.close()
+    try:
+        with open_executor(where) as (executor, device):
+            mapped = slab.map()
+            if device is not None and where.way is not Way.SINGLE:
+                device.pins.begin(mapped)
+                assert device.pins.wait(LIMIT_S)
+            yield Rig(slab, mapped, caches, executor)
+    finally:
+        slab.close()
