@@ -73,6 +73,7 @@ ENTRIES = (
         for load in ("prefix_repetition", "random", "timed_trace", "multi_turn")
     ),
     Entry("descriptors", "descriptors.py", is_short=True),
+    Entry("gpu", "gpu.py", is_short=True),
 )
 
 
