@@ -62,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) kvray_gather(
 
 
 def compile_options() -> tuple[str, ...]:
-    return (f"-DTHREADS={THREADS}", f"-DUNROLL={UNROLL}", "--std=c++17")
+    return (f"-DTHREADS={THREADS}", f"-DUNROLL={UNROLL}")
 
 
 def grid_blocks(piece_count: int) -> int:

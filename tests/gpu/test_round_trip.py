@@ -3,10 +3,14 @@ of cache that vLLM has, each type, each way of copying. Method: fresh random byt
 stored from some blocks, loaded into others of a cache that was filled anew meanwhile.
 """
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
 
+from kvray.engine.copy_ways import Way
+from kvray.engine.cuda_driver import the_driver
 from tests.gpu.caches import LLAMA_8B, SHAPES, CacheShape
 from tests.gpu.rig import ON_A_GPU, ON_THE_HOST, Blocks, Rig, Where, host_cuda, open_rig, why_no_gpu
 
@@ -19,6 +23,11 @@ def where(request: pytest.FixtureRequest) -> Where:
     found: Where = request.param
     if found.is_cuda and found.device == "cpu" and host_cuda() is None:
         pytest.skip("no C compiler for the host's CUDA driver")
+    if found.way is Way.GATHER and importlib.util.find_spec("cupy") is None:
+        pytest.skip("cupy is not installed")
+    driver = the_driver()
+    if found.way is Way.BATCH and driver is not None and not driver.has_batches:
+        pytest.skip(f"driver {driver.version} has no batched copies: 12.8 and newer have")
     return found
 
 
