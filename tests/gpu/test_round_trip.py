@@ -14,8 +14,10 @@ from kvray.engine.cuda_driver import the_driver
 from tests.gpu.caches import LLAMA_8B, SHAPES, CacheShape
 from tests.gpu.rig import ON_A_GPU, ON_THE_HOST, Blocks, Rig, Where, host_cuda, open_rig, why_no_gpu
 
-BLOCK_COUNT = 24
+BLOCK_COUNT = 16
 WHERES = ON_THE_HOST if why_no_gpu() else ON_A_GPU
+# The versions of the host's CUDA differ in how bytes move, and in nothing else.
+MAIN = [where for where in WHERES if where not in ON_THE_HOST[2:]]
 
 
 @pytest.fixture(params=WHERES, ids=str)
@@ -89,7 +91,7 @@ CASES = [
     for where in WHERES
     for shape in SHAPES
     for dtype in ("bf16", "fp8")
-    if where not in ON_THE_HOST[2:] or (shape.name in FEW and dtype == "bf16")
+    if where in MAIN or (shape.name in FEW and dtype == "bf16")
 ]
 
 
@@ -108,11 +110,13 @@ def test_every_byte_comes_back_and_no_other_changes(
             assert_round_trip(rig, random, old, new)
 
 
+@pytest.mark.parametrize("where", MAIN, indirect=True, ids=str)
 def test_ranks_keep_their_parts_of_a_slot_apart(where: Where, random: torch.Generator) -> None:
     with open_rig(where, LLAMA_8B, "bf16", blocks=BLOCK_COUNT, ranks=2) as rig:
         assert_round_trip(rig, random, some_blocks(LLAMA_8B, 1), some_blocks(LLAMA_8B, 2))
 
 
+@pytest.mark.parametrize("where", MAIN, indirect=True, ids=str)
 def test_a_model_sees_what_was_loaded(where: Where, random: torch.Generator) -> None:
     """Through the view that attention reads, not through bytes."""
     with open_rig(where, LLAMA_8B, "bf16", blocks=BLOCK_COUNT) as rig:
@@ -124,6 +128,7 @@ def test_a_model_sees_what_was_loaded(where: Where, random: torch.Generator) -> 
         assert (cache.layer(5)[7] == 1.5).all()
 
 
+@pytest.mark.parametrize("where", MAIN, indirect=True, ids=str)
 def test_a_store_reads_what_the_engine_was_still_writing(
     where: Where, random: torch.Generator
 ) -> None:
@@ -154,6 +159,7 @@ def keep_busy(where: Where) -> None:
             matrix = matrix @ matrix * 1e-4
 
 
+@pytest.mark.parametrize("where", MAIN, indirect=True, ids=str)
 def test_a_slot_that_was_rewritten_under_a_load_is_a_failed_load(
     where: Where, random: torch.Generator
 ) -> None:
