@@ -27,12 +27,9 @@ CLUSTER_LIMIT_S := 900
 # Runs pytest so that no process outlives it, whatever happens in the tests.
 pytest = $(1)/bin/python -m tests.contained --limit-s $(2) -- $(1)/bin/python -m pytest
 
-.PHONY: help system system-test system-cluster system-nginx install install-ray-llm demo \
-    demo-serve demo-nginx test test-slow test-all test-cluster test-ray-llm test-ray-llm-slow sim \
-    mutants faults bench pictures lint format clean
-.PHONY: help system system-test system-cluster install install-ray-llm demo demo-serve test \
-    test-slow test-all test-cluster test-gpu install-gpu test-ray-llm test-ray-llm-slow sim mutants faults bench \
-    pictures lint format clean
+.PHONY: help system system-test system-cluster system-nginx install install-ray-llm install-gpu \
+    demo demo-serve demo-nginx test test-slow test-all test-cluster test-gpu test-ray-llm \
+    test-ray-llm-slow sim mutants faults bench pictures lint format clean
 
 help:
 	@echo 'make demo          two nodes, two engines, one document (installs what it needs first)'
