@@ -95,6 +95,7 @@ class CudaDevice:
         # Filled by release() on the copier thread, emptied by both: a deque needs no lock.
         self._free: dict[bool, deque[Event]] = {True: deque(), False: deque()}
         self._entered = ExitStack()
+        self.is_closed = False
 
     # -- on the engine's thread ------------------------------------------------------------------
 
@@ -241,6 +242,7 @@ class CudaDevice:
                     driver.free(address)
         finally:
             self._streams, self._rings = {}, {}
+            self.is_closed = True
             self._entered.close()
 
     def let_go(self) -> None:

@@ -33,8 +33,12 @@ class Copies:
     def close(self) -> None:
         """Returns when all copies have ended and nothing is locked any more."""
         self.executor.close()
-        if self.device is not None:
+        if self.device is None:
+            return
+        if self.device.is_closed:
             self.device.let_go()
+        else:  # the end of the process unlocks it
+            logger.warning("the slab stays locked: copies of it have not ended")
 
 
 def open_copies(device: Any) -> Copies:

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from kvray.engine.cuda_driver import the_driver
+
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent.parent
 NEEDED = ("torch", "numpy", "msgspec", "pytest")
@@ -17,12 +19,19 @@ TEST_LIMIT_S = 300  # of ten minutes that a borrowed machine may have: half for 
 BENCH_LIMIT_S = 270
 
 
-def why_nothing_is_run() -> str | None:
+def gpu_count() -> int:
+    """As the driver counts them: no package is needed to ask it."""
+    driver = the_driver()
+    return 0 if driver is None else driver.device_count()
+
+
+def what_is_missing() -> str | None:
+    """To use the GPU that is there."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         return (
-            f"this Python ({sys.executable}) has no {', '.join(missing)}: make install-gpu, or "
-            "name one that has: make test-gpu GPU_PYTHON=/path/to/python"
+            f"{sys.executable} has no {', '.join(missing)}: make install-gpu, or name a Python "
+            "that has: make test-gpu GPU_PYTHON=/path/to/python"
         )
     from tests.gpu.rig import why_no_gpu
 
@@ -30,10 +39,13 @@ def why_nothing_is_run() -> str | None:
 
 
 def main(arguments: list[str]) -> int:
-    reason = why_nothing_is_run()
-    if reason is not None:
-        print(f"test-gpu: skipped: {reason}")  # noqa: T201
+    if not gpu_count():
+        print("test-gpu: skipped: this machine has no GPU that a CUDA driver (libcuda.so.1) sees")
         return 0
+    missing = what_is_missing()
+    if missing is not None:
+        print(f"test-gpu: there is a GPU, and it can not be used: {missing}")
+        return 1
     own = ["-c", str(FOLDER / "gpu.ini"), f"--rootdir={ROOT}", f"--confcutdir={FOLDER}"]
     to_pytest = [argument for argument in arguments if argument != "--no-bench"]
     tests = ["-m", "pytest", *own, *(to_pytest or [str(FOLDER)])]
@@ -48,7 +60,7 @@ def run(arguments: list[str], *, limit_s: float) -> int:
     try:
         return subprocess.run(command, cwd=ROOT, timeout=limit_s, check=False).returncode
     except subprocess.TimeoutExpired:
-        print(f"test-gpu: ended after {limit_s:.0f} s: {' '.join(command)}")  # noqa: T201
+        print(f"test-gpu: ended after {limit_s:.0f} s: {' '.join(command)}")
         return 1
 
 
