@@ -94,11 +94,13 @@ def why_no_gpu() -> str | None:
     return None
 
 
+_FOLDER = tempfile.TemporaryDirectory(prefix="kvray-host-cuda-")  # goes with the process
+
+
 @cache
 def host_cuda() -> Path | None:
     """The driver of host_cuda.c, compiled once a process; None without a compiler."""
-    folder = Path(tempfile.mkdtemp(prefix="kvray-host-cuda-"))
-    library = folder / "libcuda.so.1"
+    library = Path(_FOLDER.name) / "libcuda.so.1"
     command = ["cc", "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]
     headers = [
         f"-I{path}" for path in Path(sys.prefix).glob("lib/*/site-packages/nvidia/*/include")
