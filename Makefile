@@ -8,6 +8,9 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 VENV_RAY_LLM := .venv-ray-llm
+VENV_GPU := .venv-gpu
+# Any Python with torch and cupy will do; without one of its own the test says what is missing.
+GPU_PYTHON ?= $(firstword $(wildcard $(VENV_GPU)/bin/python $(VENV)/bin/python) $(PYTHON))
 LOCK := requirements/lock-vllm-0.32.txt
 LOCK_RAY_LLM := requirements/lock-vllm-0.29.txt
 SYSTEM_PACKAGES := $(shell grep -v '^\#' requirements/system-packages.txt)
@@ -28,9 +31,10 @@ runs_ray_llm = $(findstring ray-llm,$(RUN))$(findstring serve,$(RUN))
 # Runs pytest so that no process outlives it, whatever happens in the tests.
 pytest = $(1)/bin/python -m tests.contained --limit-s $(2) -- $(1)/bin/python -m pytest
 
-.PHONY: help system system-test system-cluster system-nginx install install-ray-llm demo \
-    demo-serve demo-nginx test test-slow test-all test-cluster test-ray-llm test-ray-llm-slow \
-    wheel test-wheel install-wheel from-wheel sim mutants faults bench pictures lint format clean
+.PHONY: help system system-test system-cluster system-nginx install install-ray-llm install-gpu \
+    demo demo-serve demo-nginx test test-slow test-all test-cluster test-gpu test-ray-llm \
+    test-ray-llm-slow wheel test-wheel install-wheel from-wheel sim mutants faults bench pictures \
+    lint format clean
 
 help:
 	@echo 'make demo          two nodes, two engines, one document (installs what it needs first)'
@@ -42,6 +46,7 @@ help:
 	@echo 'make wheel         dist/: what to install on other machines'
 	@echo 'make test-wheel    builds the wheel, and tries it in a clean environment'
 	@echo 'make from-wheel RUN=TARGET   any of these with the wheel in place of the checkout'
+	@echo 'make test-gpu      copies on a GPU: tests and the table of benchmarks/gpu.py; without vLLM'
 	@echo 'make test-ray-llm  the engine tests with the pair of ray[llm], and Ray Serve LLM'
 	@echo 'make test-ray-llm-slow   what of Ray Serve LLM is slower'
 	@echo 'make sim           2,000 seeds of the cluster simulator, about a quarter of an hour'
@@ -160,6 +165,19 @@ test-cluster: system-cluster install
 	@$(VENV)/bin/python -m tests.contained --limit-s $(CLUSTER_LIMIT_S) -- \
 	    $(VENV)/bin/python -m tests.cluster
 
+# What a machine needs for it: a GPU, torch, cupy. It says why it does nothing where there is none.
+test-gpu:
+	$(GPU_PYTHON) -m tests.gpu $(ARGS)
+
+# Not pinned as a whole, for it is not what kvray is used with: torch brings CUDA's own packages.
+install-gpu: $(VENV_GPU)/.installed
+
+$(VENV_GPU)/.installed: requirements/gpu.txt
+	@test -x $(VENV_GPU)/bin/python || "$(PYTHON)" -m venv $(VENV_GPU)
+	@$(VENV_GPU)/bin/python -m pip install -qq --no-input --disable-pip-version-check \
+	    -r requirements/gpu.txt
+	@touch $@
+
 test-ray-llm: system install-ray-llm
 	$(call pytest,$(VENV_RAY_LLM),$(RAY_LLM_LIMIT_S)) -m '(engine or ray_llm) and not slow' $(ARGS)
 
@@ -193,5 +211,6 @@ format: install
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV_RAY_LLM) $(VENV)-wheel $(VENV_RAY_LLM)-wheel dist .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf $(VENV) $(VENV_RAY_LLM) $(VENV_GPU) $(VENV)-wheel $(VENV_RAY_LLM)-wheel dist .cache \
+	    .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 	    .import_linter_cache build *.egg-info

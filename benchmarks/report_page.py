@@ -29,6 +29,8 @@ TITLES = {
     "overhead": "What kvray costs where nothing is reused",
     "watching": "What watching costs, and how soon one sees",
     "behind_nginx": "Two vllm serve behind nginx",
+    "descriptors": "What describing a copy job costs",
+    "gpu": "Copies between slab and GPU",
 }
 
 
@@ -60,9 +62,10 @@ def _machines(results: Mapping[str, Any]) -> str:
             continue
         machine, versions = result["machine"], result["versions"]
         packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+        card = result.get("card", "no GPU")
         text = (
             f"Measured on one machine: {machine['cores']} cores ({machine['cpu']}, virtual), "
-            f"{machine['memory_gb']} GB, Linux {machine['kernel']}, no GPU, no RDMA; {packages}. "
+            f"{machine['memory_gb']} GB, Linux {machine['kernel']}, {card}, no RDMA; {packages}. "
             "Ratios and bounds are the results; single times vary with what else the host does. "
             "GB are 10^9 bytes."
         )

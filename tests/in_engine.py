@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kvray.core.layout import HEADER_BYTES, SLOT_HEADER_DTYPE
-from kvray.engine.copier import CopyEnd, Executor
+from kvray.engine.copier import CopyEnd, Direction, Executor
 from kvray.engine.raw_copy import Pointers
 
 MAX_SETTLE_ROUNDS = 2_000  # 2 ms each
@@ -119,20 +119,20 @@ class FaultyExecutor:
         targets: Pointers,
         piece_bytes: Pointers,
         *,
+        direction: Direction,
         arrived: Callable[[], int | None] | None = None,
         verify: Callable[[], bool] | None = None,
         keep_alive: object = None,
-        urgent: bool = False,
     ) -> None:
         self.inner.submit(
             job_id,
             sources,
             targets,
             piece_bytes,
+            direction=direction,
             arrived=arrived,
             verify=self._fault(verify),
             keep_alive=keep_alive,
-            urgent=urgent,
         )
 
     def finished(self) -> list[CopyEnd]:
@@ -260,7 +260,7 @@ class HeldExecutor(FaultyExecutor):
         self._held = True
 
     def submit(self, *args: Any, **kwargs: Any) -> None:
-        self.holds_a_load = self.holds_a_load or kwargs.get("urgent", False)
+        self.holds_a_load = self.holds_a_load or kwargs["direction"] is Direction.LOAD
         super().submit(*args, **kwargs)
 
     def finished(self) -> list[CopyEnd]:

@@ -6,7 +6,11 @@
     connector   vLLM's OffloadingConnector, plus failed copies and renewed namespaces
     lookups     in EngineCore: what is cached, where to store it (an OffloadingManager)
     transfers   in each worker: copies between paged cache and slab (an OffloadingWorker)
-    copier      arrays of (source, target, bytes) and who executes them
+    pieces      what a job copies: arrays of (device pointer, slab pointer, bytes)
+    copier      who copies them: the seam, and threads for the CPU
+    streams     the same for devices that copy by streams and events; copy_order decides for it
+    cuda        CUDA's streams and copies; cuda_driver, copy_ways, gather and pinning belong to it
+    workplace   which of the executors a worker gets, by its device
     ledger      which copy job belongs to which reservation, and who has not reported yet
     namespace   the digest of everything that changes a block's bytes
     versions    the only place that knows how vLLM's releases differ

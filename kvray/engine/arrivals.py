@@ -10,21 +10,43 @@ fetched in order. No thread and no wait here: the copier's threads look now and 
 """
 
 import time
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from kvray.engine.jobs import SlotSpec
 from kvray.node.mapped import MappedSlab
+
+
+class SlotsTold(Protocol):
+    """What a load was told of its slots: see jobs.SlotSpec, which is vLLM's too."""
+
+    @property
+    def slots(self) -> npt.NDArray[np.uint32]: ...
+    @property
+    def generations(self) -> npt.NDArray[np.uint64]: ...
+    @property
+    def offsets(self) -> npt.NDArray[np.uint64]: ...
+    @property
+    def slot_bytes(self) -> npt.NDArray[np.uint64]: ...
+    @property
+    def keys(self) -> bytes: ...
+    def keys_from(self, index: int) -> bytes: ...
+    def __len__(self) -> int: ...
 
 
 class Arrivals:
     """Of one load on one rank. Called by one thread at a time."""
 
     def __init__(
-        self, slab: MappedSlab, slots: SlotSpec, slot_ends: npt.NDArray[np.int64], *, until_s: float
+        self,
+        slab: MappedSlab,
+        slots: SlotsTold,
+        slot_ends: npt.NDArray[np.int64],
+        *,
+        until_s: float,
     ) -> None:
-        """slot_ends: for each slot the end of its pieces, see copier.slot_ends. until_s: by
+        """slot_ends: for each slot the end of its pieces, see pieces.Pieces. until_s: by
         time.monotonic(); what is not there then does not come.
         """
         self._slab = slab

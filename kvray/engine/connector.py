@@ -220,6 +220,7 @@ class KVRayConnector(OffloadingConnector):
             store_jobs=meta.store_jobs,
             jobs_to_flush=meta.jobs_to_flush,
             void_before=self._ledger.void_before,
+            computes=scheduler_output.total_num_scheduled_tokens > 0,
         )
 
     @guarded(nothing)
@@ -356,7 +357,7 @@ class KVRayConnector(OffloadingConnector):
         if isinstance(meta, KVRayConnectorMetadata):
             self.transfers.begin_step(
                 void_before=meta.void_before,
-                computes=forward_context.attn_metadata is not None,
+                computes=meta.computes,
             )
         super().start_load_kv(forward_context, **kwargs)
 

@@ -1,17 +1,10 @@
-"""From a job of vLLM to bytes that move: arrays of (source, target, bytes), and who executes them.
+"""Who moves the bytes of a job: the seam between what is copied (pieces) and how.
 
-    block ids, slots ──build_transfers──▶ three arrays ──Executor──▶ CopyEnd
+    Pieces ──Executor.submit──▶ ... bytes move ... ──▶ finished(): CopyEnd
 
-build_transfers knows the layout of a slot and nothing of how copies are done; an Executor knows
-pointers only. CpuExecutor moves them with threads. A CUDA one takes the same three arrays (they are
-what cuMemcpyBatchAsync wants), and has its own file.
-
-A rank's part of a slot, with its layers in the order of its cache group:
-
-    slot + rank * part_bytes
-    ├── layer 0: block 0 │ block 1 │ ...   blocks_per_chunk pages
-    ├── layer 1: block 0 │ block 1 │ ...
-    └── ...
+An Executor knows pointers and directions only. CpuExecutor moves them with threads; streams has the
+one for devices whose copies are ordered by streams and events, as on CUDA. Both get the same
+arrays and promise the same (tests/unit/test_copier.py holds both of them to it).
 """
 
 import logging
@@ -19,13 +12,13 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import Enum
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from kvray.engine.raw_copy import Pointers, copy_pieces
 
@@ -38,111 +31,13 @@ LOOK_S = 0.001  # at what has arrived: a batch of a fetch takes 5 ms, a look 0.0
 CLOSE_LIMIT_S = 30.0  # what is queued is copied first; 30 s are 300 GB
 
 
-@dataclass(frozen=True, slots=True)
-class TensorPages:
-    """Where one layer of a cache group keeps its blocks: block i at address + i * stride."""
-
-    address: int
-    block_stride_bytes: int
-    page_bytes: int  # what a block has in it; without padding
-
-
-@dataclass(frozen=True, slots=True)
-class GroupPages:
-    """One cache group on this rank. pages: its layers, in the order they have in a slot."""
-
-    pages: tuple[TensorPages, ...]
-    blocks_per_chunk: int
-
-    @property
-    def part_bytes(self) -> int:
-        """What this rank has of one chunk."""
-        return sum(page.page_bytes for page in self.pages) * self.blocks_per_chunk
-
-    def chunk_count(self, block_index: int, block_count: int) -> int:
-        """How many chunks, and so slots, these blocks of a request touch, block_index being the
-        first.
-        """
-        return -(-(block_index % self.blocks_per_chunk + block_count) // self.blocks_per_chunk)
-
-
-def build_transfers(
-    groups: Sequence[GroupPages],
-    *,
-    block_ids: npt.NDArray[Any],
-    group_sizes: Sequence[int],
-    block_indices: Sequence[int],
-    slot_pointers: Pointers,
-    rank: int = 0,
-) -> tuple[Pointers, Pointers, Pointers]:
-    """(device pointers, slab pointers, bytes) of a job, a row for each layer of each block.
-
-    block_ids, group_sizes, block_indices: as in vLLM's GPULoadStoreSpec; the first block of a
-    group may lie inside its first chunk. slot_pointers: for each chunk of each group, in that
-    order, the address of its slot; or, with rank=0, of this rank's part of it.
+class Direction(Enum):
+    """A request waits for a load; nobody waits for a store, so it gives way where both want the
+    same thing.
     """
-    assert len(groups) == len(group_sizes) == len(block_indices)
-    assert sum(group_sizes) == len(block_ids)
-    parts = []
-    first_block = first_slot = 0
-    for group, block_count, block_index in zip(groups, group_sizes, block_indices, strict=True):
-        if not block_count:
-            continue
-        slot_count = group.chunk_count(block_index, block_count)
-        slots = slot_pointers[first_slot : first_slot + slot_count]
-        blocks = block_ids[first_block : first_block + block_count].astype(np.uint64)
-        parts.append(
-            _group_transfers(
-                group,
-                blocks,
-                skipped_blocks=block_index % group.blocks_per_chunk,
-                part_pointers=slots.astype(np.uint64) + np.uint64(rank * group.part_bytes),
-            )
-        )
-        first_block += block_count
-        first_slot += slot_count
-    assert first_slot == len(slot_pointers), f"{first_slot} slots of {len(slot_pointers)} used"
-    if not parts:
-        nothing = np.empty(0, dtype=np.uint64)
-        return nothing, nothing, nothing
-    device, slab, piece_bytes = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    return device, slab, piece_bytes
 
-
-def slot_ends(
-    groups: Sequence[GroupPages], *, group_sizes: Sequence[int], block_indices: Sequence[int]
-) -> npt.NDArray[np.int64]:
-    """For each slot of a job, in the order of build_transfers, the end of its rows there."""
-    counts = []
-    for group, block_count, block_index in zip(groups, group_sizes, block_indices, strict=True):
-        if block_count:
-            first = block_index % group.blocks_per_chunk
-            chunks = np.arange(first, first + block_count) // group.blocks_per_chunk
-            counts.append(np.bincount(chunks) * len(group.pages))
-    return np.cumsum(np.concatenate(counts)) if counts else np.empty(0, np.int64)
-
-
-def _group_transfers(
-    group: GroupPages, block_ids: Pointers, *, skipped_blocks: int, part_pointers: Pointers
-) -> tuple[Pointers, Pointers, Pointers]:
-    """Rows are blocks, columns are layers: so neighbours are the layers of one block, which lie at
-    equal steps where vLLM keeps all layers in one storage.
-    """
-    addresses = np.array([page.address for page in group.pages], dtype=np.uint64)
-    strides = np.array([page.block_stride_bytes for page in group.pages], dtype=np.uint64)
-    page_bytes = np.array([page.page_bytes for page in group.pages], dtype=np.uint64)
-    layer_bytes = page_bytes * np.uint64(group.blocks_per_chunk)
-    layer_offsets = np.cumsum(layer_bytes) - layer_bytes
-    chunks, places = np.divmod(
-        np.arange(skipped_blocks, skipped_blocks + len(block_ids)), group.blocks_per_chunk
-    )
-    device = addresses + block_ids[:, None] * strides
-    slab = (
-        part_pointers[chunks][:, None]
-        + layer_offsets
-        + places.astype(np.uint64)[:, None] * page_bytes
-    )
-    return device.ravel(), slab.ravel(), np.tile(page_bytes, len(block_ids))
+    LOAD = "load"  # slab to device
+    STORE = "store"  # device to slab
 
 
 class CopyEnd(NamedTuple):
@@ -173,14 +68,12 @@ class Executor(Protocol):
         targets: Pointers,
         piece_bytes: Pointers,
         *,
+        direction: Direction,
         arrived: Callable[[], int | None] | None = None,
         verify: Callable[[], bool] | None = None,
         keep_alive: object = None,
-        urgent: bool = False,
     ) -> None:
-        """Start copying; returns before it is done. urgent: before all that is not (a request
-        waits for a load, nobody waits for a store).
-        """
+        """Start copying; returns before it is done."""
 
     def finished(self) -> list[CopyEnd]:
         """Jobs that have ended since the last call. Does not wait."""
@@ -242,8 +135,8 @@ class _Arriving:
 
 
 class CpuExecutor:
-    """An Executor of threads. A large job is divided among them; jobs of equal urgency begin in
-    the order of their submission.
+    """An Executor of threads. A large job is divided among them; loads go before stores, and
+    jobs of one direction begin in the order of their submission.
 
     While a job has sources that are still coming, one thread that has nothing to copy looks at them
     every LOOK_S; the others, and all of them otherwise, sleep until there is something to do.
@@ -274,11 +167,12 @@ class CpuExecutor:
         targets: Pointers,
         piece_bytes: Pointers,
         *,
+        direction: Direction,
         arrived: Callable[[], int | None] | None = None,
         verify: Callable[[], bool] | None = None,
         keep_alive: object = None,
-        urgent: bool = False,
     ) -> None:
+        urgent = direction is Direction.LOAD
         assert len(sources) == len(targets) == len(piece_bytes)
         job = _Job(
             job_id=job_id, verify=verify, keep_alive=keep_alive, bytes=int(piece_bytes.sum())
@@ -330,7 +224,7 @@ class CpuExecutor:
 
     def _work(self) -> None:
         while (part := self._next_part()) is not None:
-            self._end_part(part.job, ok=_succeeds(part.copy, part.job.job_id))
+            self._end_part(part.job, ok=succeeds(part.copy, part.job.job_id))
 
     def _next_part(self) -> _Part | None:
         """Waits for one; None at the end."""
@@ -397,7 +291,7 @@ class CpuExecutor:
         seconds = time.perf_counter() - job.started_s
         # The other parts' threads have let go of the lock after their copies: verify sees them all.
         if job.ok and job.verify is not None:
-            job.ok = _succeeds(job.verify, job.job_id)
+            job.ok = succeeds(job.verify, job.job_id)
         end = CopyEnd(job.job_id, job.ok, job.bytes if job.ok else 0, seconds)
         with self._changed:
             del self._under_way[job.job_id]
@@ -420,7 +314,7 @@ def _cuts(piece_bytes: Pointers, *, thread_count: int) -> list[int]:
     return [0, *np.unique(inner[inner < count]).tolist(), count]
 
 
-def _succeeds(action: Callable[[], bool], job_id: int) -> bool:
+def succeeds(action: Callable[[], bool], job_id: int) -> bool:
     """Whether it returns True. A copier thread outlives every job, and a job that failed is a
     value for its engine: the block is computed again.
     """

@@ -88,10 +88,13 @@ class SlotSpec(LoadStoreSpec):
 @dataclass
 class KVRayConnectorMetadata(OffloadingConnectorMetadata):
     """void_before: loads with a smaller job id are reported as failed whenever they end, since
-    the weights have changed under them.
+    the weights have changed under them. computes: whether the step runs the model. (Not to be seen
+    in the worker: vLLM's V2 model runner, which GPUs have, starts loads when its forward pass has
+    been launched and the context of that is gone.)
     """
 
     void_before: int = 0
+    computes: bool = True
 
 
 @dataclass

@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 logger = logging.getLogger("kvray.engine")
 
-Pointers = npt.NDArray[np.uint64]
+Pointers = npt.NDArray[np.uint64]  # addresses, or counts of bytes
 
 MIN_RUN_PIECES = 3  # two pieces have always equal steps; that says nothing
 MAX_SHAPES = 4  # of runs in one job; what does not look like the others is copied piece by piece

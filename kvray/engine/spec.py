@@ -18,7 +18,9 @@ from kvray.config import EngineConfig, find_sockets
 from kvray.engine import metrics
 from kvray.engine.discovery import socket_finder
 from kvray.engine.lookups import Lookups
-from kvray.engine.transfers import Transfers, group_pages
+from kvray.engine.pieces import group_pages
+from kvray.engine.transfers import Transfers
+from kvray.engine.workplace import open_copies
 from kvray.node.client import Session, WorkerClient
 
 FIRST_SESSION_S = 2.0  # a hello takes ms, filling the page tables of 1 GiB about 0.1 s
@@ -61,11 +63,17 @@ class KVRaySpec(OffloadingSpec):
     def get_worker(self, kv_caches: CanonicalKVCaches) -> Transfers:
         config = EngineConfig.parse(self.extra_config.get("kvray", {}))
         rank = self.config.parallel.rank
+        copies = open_copies(kv_caches.tensors[0].tensor.device)
+
+        def prepare(session: Session) -> None:
+            fill_page_tables(session)
+            copies.meet(session)
+
         client = WorkerClient(
             find_socket=socket_finder(config),
             engine_nonce=engine_nonce(self.config.engine_id),
             label=f"{self.config.model.name} rank {rank} pid {os.getpid()}",
-            on_session=fill_page_tables,
+            on_session=prepare,
         )
         client.start()
         # So that the first job finds its slab mapped. A NodeStore that comes later is met later.
@@ -75,4 +83,5 @@ class KVRaySpec(OffloadingSpec):
             groups=group_pages(kv_caches, blocks_per_chunk=self.blocks_per_chunk),
             rank=rank,
             client=client,
+            copies=copies,
         )

@@ -7,6 +7,7 @@ from kvray.config import EngineConfig
 from kvray.engine import versions
 from kvray.engine.arguments import LOAD_FAILURE_POLICY, UNTESTED_PARALLEL, is_untested_cache
 from kvray.engine.jobs import RankHandshake
+from kvray.engine.workplace import is_rocm
 from kvray.errors import NotAttachedError
 
 CHUNK_TOKENS = 128  # default chunk where device blocks are smaller: a slot of some MB, not of KB
@@ -25,6 +26,7 @@ def require_supported(vllm_config: Any, kv_cache_config: Any) -> None:
         found.append("speculative decoding")
     if is_untested_cache(cache.cache_dtype):
         found.append(f"an fp8 KV cache (kv_cache_dtype={cache.cache_dtype})")
+    require_copies(getattr(vllm_config, "device_config", None))
     for group in kv_cache_config.kv_cache_groups:
         kind = type(group.kv_cache_spec).__name__
         if kind not in TESTED_SPECS:
@@ -33,6 +35,19 @@ def require_supported(vllm_config: Any, kv_cache_config: Any) -> None:
         raise NotAttachedError(
             f"kvray was not tested with {', '.join(sorted(set(found)))}, so it refuses to cache "
             "for this engine. Run it without kvray, or without that feature"
+        )
+
+
+def require_copies(device_config: Any) -> None:
+    """Raises NotAttachedError for a device that kvray has no copies for. device_config: vLLM's."""
+    kind = str(getattr(device_config, "device_type", "cpu"))
+    if kind == "cpu":
+        return
+    if kind != "cuda" or is_rocm():
+        name = "ROCm" if kind == "cuda" else kind
+        raise NotAttachedError(
+            f"kvray copies between its slab and CPUs or NVIDIA GPUs; this engine runs on {name}. "
+            "Run it without kvray"
         )
 
 

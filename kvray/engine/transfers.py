@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from vllm.v1.kv_offload.base import (
-    CanonicalKVCaches,
     GPULoadStoreSpec,
     LoadStoreSpec,
     OffloadingWorker,
@@ -27,42 +26,17 @@ from vllm.v1.kv_offload.base import (
 
 from kvray.core.durations import copy_counter
 from kvray.engine.arrivals import Arrivals
-from kvray.engine.copier import (
-    CpuExecutor,
-    Executor,
-    GroupPages,
-    TensorPages,
-    build_transfers,
-    slot_ends,
-)
+from kvray.engine.copier import Direction, Executor
 from kvray.engine.guard import guarded, nothing
 from kvray.engine.jobs import RankHandshake, SlotSpec
+from kvray.engine.pieces import GroupPages, build_pieces
+from kvray.engine.workplace import Copies
 from kvray.node.client import WorkerClient
 from kvray.node.process import boot_id
 
 logger = logging.getLogger("kvray.engine")
 
 IDLE_WAIT_S = 0.002  # a step without work takes about 1 ms; a copy of 100 MB about 10 ms
-
-
-def group_pages(kv_caches: CanonicalKVCaches, *, blocks_per_chunk: int) -> list[GroupPages]:
-    """What the copier must know of vLLM's caches: per cache group, in the order of its layers,
-    where a block's page lies (address, stride and bytes).
-    """
-    groups = []
-    for refs in kv_caches.group_data_refs:
-        pages = []
-        for ref in refs:
-            tensor = kv_caches.tensors[ref.tensor_idx].tensor
-            pages.append(
-                TensorPages(
-                    address=tensor.data_ptr(),
-                    block_stride_bytes=tensor.stride(0) * tensor.element_size(),
-                    page_bytes=ref.page_size_bytes,
-                )
-            )
-        groups.append(GroupPages(pages=tuple(pages), blocks_per_chunk=blocks_per_chunk))
-    return groups
 
 
 def host_name() -> str:
@@ -79,13 +53,14 @@ class Transfers(OffloadingWorker):
         groups: Sequence[GroupPages],
         rank: int,
         client: WorkerClient,
-        executor: Executor | None = None,
+        copies: Copies,
     ) -> None:
         self.faulted: str | None = None
         self._groups = list(groups)
         self._rank = rank
         self._client = client
-        self._executor: Executor = executor or CpuExecutor()
+        self._copies_of_device = copies
+        self._executor: Executor = copies.executor
         self._void_before = 0
         self._computes = False
         self._loads: dict[int, tuple[GPULoadStoreSpec, SlotSpec]] = {}
@@ -132,7 +107,7 @@ class Transfers(OffloadingWorker):
         assert slab is not None, "a worker's client maps the slab"
         if not slab.contains(slots.offsets, slots.slot_bytes):
             return False
-        device_pointers, slab_pointers, sizes = build_transfers(
+        pieces = build_pieces(
             self._groups,
             block_ids=device.block_ids,
             group_sizes=device.group_sizes,
@@ -141,23 +116,27 @@ class Transfers(OffloadingWorker):
             rank=self._rank,
         )
         if is_load:
-            ends = slot_ends(
-                self._groups, group_sizes=device.group_sizes, block_indices=device.block_indices
-            )
             until_s = time.monotonic() + slots.wait_ms / 1_000
-            arrivals = Arrivals(slab, slots, ends, until_s=until_s)
+            arrivals = Arrivals(slab, slots, pieces.slot_ends, until_s=until_s)
             self._executor.submit(
                 job_id,
-                slab_pointers,
-                device_pointers,
-                sizes,
+                pieces.slab,
+                pieces.device,
+                pieces.bytes,
+                direction=Direction.LOAD,
                 arrived=arrivals.pieces,
                 verify=arrivals.all_match,
                 keep_alive=slab,
-                urgent=True,
             )
         else:
-            self._executor.submit(job_id, device_pointers, slab_pointers, sizes, keep_alive=slab)
+            self._executor.submit(
+                job_id,
+                pieces.device,
+                pieces.slab,
+                pieces.bytes,
+                direction=Direction.STORE,
+                keep_alive=slab,
+            )
         return True
 
     def get_finished(self) -> list[TransferResult]:
@@ -210,5 +189,5 @@ class Transfers(OffloadingWorker):
 
     @guarded(nothing)
     def shutdown(self) -> None:
-        self._executor.close()
+        self._copies_of_device.close()
         self._client.close()

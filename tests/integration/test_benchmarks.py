@@ -37,6 +37,8 @@ KEYS = {
     "routing": {"mean_ms", "decision_ms", "prefill_tokens_per_s", "link_gb_per_s"},
     "behind_nginx": {"modes", "ttft_gain", "request_rate_per_s", "throughput_ratios"},
     "watching": {"status_ms", "lookup_us", "watched_over_unwatched"},
+    "descriptors": {"jobs"},
+    "gpu": {"bars", "not_run", "pair, ms"},
     "lookup": {
         "lookup_us",
         "held",

@@ -15,9 +15,10 @@ pytest.importorskip("vllm")
 
 from kvray.core.effects import Place
 from kvray.engine.arrivals import Arrivals
-from kvray.engine.copier import CopyEnd, CpuExecutor
+from kvray.engine.copier import CopyEnd, CpuExecutor, Direction, Executor
 from kvray.engine.jobs import SlotSpec
 from kvray.node.mapped import MappedSlab
+from tests.host_device import EXECUTORS, an_executor
 from tests.slabs import BLOCK_BYTES, Host, Writer, key_of, map_slab
 
 pytestmark = [pytest.mark.engine]
@@ -36,11 +37,10 @@ def writer() -> Iterator[Writer]:
         host.close()
 
 
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def executor(request: pytest.FixtureRequest) -> Iterator[CpuExecutor]:
-    executor = CpuExecutor(request.param)
-    yield executor
-    executor.close()
+@pytest.fixture(params=EXECUTORS)
+def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
+    with an_executor(request.param) as executor:
+        yield executor
 
 
 class Load:
@@ -59,7 +59,7 @@ class Load:
         self.target = np.zeros(len(places) * BLOCK_BYTES, np.uint8)
         self.arrivals = Arrivals(slab, spec, ends, until_s=time.monotonic() + within_s)
 
-    def begin(self, executor: CpuExecutor) -> None:
+    def begin(self, executor: Executor) -> None:
         piece_bytes = BLOCK_BYTES // PIECES
         steps = np.arange(len(self.places) * PIECES, dtype=np.uint64) * np.uint64(piece_bytes)
         offsets = np.array([place.offset for place in self.places], np.uint64)
@@ -72,7 +72,7 @@ class Load:
             arrived=self.arrivals.pieces,
             verify=self.arrivals.all_match,
             keep_alive=(self.slab, self.target),
-            urgent=True,
+            direction=Direction.LOAD,
         )
 
     def holds(self, index: int) -> bool:
@@ -81,19 +81,20 @@ class Load:
         return bool((words == self.places[index].generation).all())
 
 
-def copy_something_else(executor: CpuExecutor) -> None:
+def copy_something_else(executor: Executor) -> None:
     """Another job, begun later and less urgent. Returns when it has been reported, and nothing
     else has.
     """
     source, target = np.arange(1 << 16, dtype=np.uint8), np.zeros(1 << 16, np.uint8)
     sources, targets = (np.array([a.ctypes.data], np.uint64) for a in (source, target))
-    executor.submit(OTHER, sources, targets, np.array([source.nbytes], np.uint64))
+    sizes = np.array([source.nbytes], np.uint64)
+    executor.submit(OTHER, sources, targets, sizes, direction=Direction.STORE)
     assert executor.wait_any(LIMIT_S)
     assert [(end.job_id, end.ok) for end in executor.finished()] == [(OTHER, True)]
     assert (source == target).all()
 
 
-def end_of(executor: CpuExecutor) -> CopyEnd:
+def end_of(executor: Executor) -> CopyEnd:
     assert executor.wait_any(LIMIT_S)
     (end,) = executor.finished()
     assert end.job_id == LOAD
@@ -108,7 +109,7 @@ def reserve(writer: Writer, number: int) -> Place:
 
 
 def test_a_load_copies_what_has_come_and_waits_for_the_rest(
-    writer: Writer, executor: CpuExecutor
+    writer: Writer, executor: Executor
 ) -> None:
     head = writer.write(key_of(1))
     tail = reserve(writer, 2)
@@ -126,7 +127,7 @@ def test_a_load_copies_what_has_come_and_waits_for_the_rest(
     assert load.holds(1)
 
 
-def test_blocks_that_come_one_by_one_are_all_copied(writer: Writer, executor: CpuExecutor) -> None:
+def test_blocks_that_come_one_by_one_are_all_copied(writer: Writer, executor: Executor) -> None:
     head = writer.write(key_of(0))
     coming = [reserve(writer, number) for number in range(1, 6)]
     load = Load(map_slab(writer.slab), [head, *coming])
@@ -159,7 +160,7 @@ def comes_to_another_block(writer: Writer, place: Place) -> None:
 
 @pytest.mark.parametrize("what", [gives_up, is_late, comes_to_another_block])
 def test_a_slot_that_will_not_have_the_block_fails_the_load_at_once(
-    writer: Writer, executor: CpuExecutor, what: Callable[[Writer, Place], None]
+    writer: Writer, executor: Executor, what: Callable[[Writer, Place], None]
 ) -> None:
     head, tail = writer.write(key_of(1)), reserve(writer, 2)
     load = Load(map_slab(writer.slab), [head, tail])
@@ -172,7 +173,7 @@ def test_a_slot_that_will_not_have_the_block_fails_the_load_at_once(
 
 
 def test_what_has_not_come_at_the_deadline_fails_the_load(
-    writer: Writer, executor: CpuExecutor
+    writer: Writer, executor: Executor
 ) -> None:
     load = Load(map_slab(writer.slab), [writer.write(key_of(1)), reserve(writer, 2)], within_s=0.05)
     load.begin(executor)
@@ -181,7 +182,7 @@ def test_what_has_not_come_at_the_deadline_fails_the_load(
 
 
 def test_what_is_there_already_is_loaded_whatever_the_deadline(
-    writer: Writer, executor: CpuExecutor
+    writer: Writer, executor: Executor
 ) -> None:
     load = Load(map_slab(writer.slab), [writer.write(key_of(n)) for n in range(3)], within_s=0)
     load.begin(executor)
@@ -191,7 +192,7 @@ def test_what_is_there_already_is_loaded_whatever_the_deadline(
 
 
 def test_who_needs_the_device_blocks_back_does_not_wait_for_what_is_coming(
-    writer: Writer, executor: CpuExecutor
+    writer: Writer, executor: Executor
 ) -> None:
     """vLLM overwrites them right after wait(); a block that comes later must not be copied."""
     tail = reserve(writer, 2)
@@ -218,13 +219,14 @@ def test_closing_ends_a_load_that_waits(writer: Writer) -> None:
     assert [end.ok for end in executor.finished()] == [False]
 
 
-def test_an_error_of_a_look_fails_its_job_and_no_other(executor: CpuExecutor) -> None:
+def test_an_error_of_a_look_fails_its_job_and_no_other(executor: Executor) -> None:
     def look() -> int:
         raise RuntimeError("a header that can not be read")
 
     page = np.zeros(64, np.uint8)
     pointer = np.array([page.ctypes.data], np.uint64)
-    executor.submit(LOAD, pointer, pointer, np.array([64], np.uint64), arrived=look)
+    size = np.array([64], np.uint64)
+    executor.submit(LOAD, pointer, pointer, size, direction=Direction.LOAD, arrived=look)
 
     assert not end_of(executor).ok
     copy_something_else(executor)

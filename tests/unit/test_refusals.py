@@ -69,6 +69,19 @@ def test_cache_groups_of_another_kind_are_refused_by_name() -> None:
         support.require_supported(vllm_config(), cache_config(MambaSpec))
 
 
+@pytest.mark.parametrize("kind", ["tpu", "xpu"])
+def test_devices_that_kvray_can_not_copy_for_are_refused_by_name(kind: str) -> None:
+    with pytest.raises(NotAttachedError, match=f"runs on {kind}"):
+        support.require_copies(SimpleNamespace(device_type=kind))
+
+
+def test_engines_on_gpus_are_taken_and_amds_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    support.require_copies(SimpleNamespace(device_type="cuda"))
+    monkeypatch.setattr("torch.version.hip", "7.0")
+    with pytest.raises(NotAttachedError, match="ROCm"):
+        support.require_copies(SimpleNamespace(device_type="cuda"))
+
+
 def test_a_plain_engine_is_taken() -> None:
     support.require_supported(vllm_config(), cache_config())
 
