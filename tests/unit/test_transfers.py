@@ -1,0 +1,129 @@
+"""Goal: a worker copies what vLLM's own job says, on a CPU and with the code for GPUs, and a load
+that failed is named. Method: vLLM's classes of jobs, a real client on a real socket, a real slab,
+and no engine. The GPU is the host's: see tests/gpu/host_cuda.c.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+import torch
+from vllm.v1.kv_offload.base import GPULoadStoreSpec
+
+from kvray.core.effects import Place
+from kvray.engine.jobs import SlotSpec
+from kvray.engine.pieces import group_pages
+from kvray.engine.transfers import Transfers
+from kvray.engine.workplace import Copies
+from kvray.node.client import WorkerClient
+from tests.gpu.caches import Caches, CacheShape
+from tests.gpu.rig import LIMIT_S, ON_THE_HOST, NodeSlab, Where, host_cuda, open_executor
+from tests.scripted_node import GEOMETRY, PATIENCE_S, ScriptedNode
+
+pytestmark = pytest.mark.engine
+
+SHAPE = CacheShape("small", 4, 2, 64, tokens_per_block=16, blocks_per_chunk=4)
+BLOCKS = 32
+STORED, LOADED = range(2, 10), range(20, 28)  # two chunks
+
+
+class Worker:
+    """Transfers with its caches, its client and the slab of its node."""
+
+    def __init__(self, slab: NodeSlab, client: WorkerClient, copies: Copies) -> None:
+        self.slab = slab
+        self.cache = Caches(SHAPE, "bf16", BLOCKS, "cpu")
+        self.groups = group_pages(self.cache.canonical(), blocks_per_chunk=4)
+        self.copies = copies
+        self.transfers = Transfers(groups=self.groups, rank=0, client=client, copies=copies)
+        session = client.wait_session(PATIENCE_S)
+        assert session is not None
+        copies.meet(session)
+        assert copies.device is None or copies.device.pins.wait(LIMIT_S)
+        self.random = torch.Generator()
+        self.transfers.begin_step(void_before=0, computes=False)
+
+    def reserve(self) -> list[Place]:
+        return self.slab.reserve([self.groups[0].part_bytes] * 2)
+
+    def slots(self, places: list[Place]) -> SlotSpec:
+        return SlotSpec.of(
+            self.slab.owner.slab_id,
+            [place.key for place in places],
+            [(place.slot, place.generation, place.offset) for place in places],
+            [place.bytes for place in places],
+        )
+
+    def ended(self, job_id: int) -> set[int]:
+        """Waits for it; which jobs have failed."""
+        results = self.transfers.get_finished()
+        while not results:
+            results = self.transfers.get_finished()
+        assert [(result.job_id, result.success) for result in results] == [(job_id, True)]
+        return self.transfers.take_failed_jobs()
+
+
+def blocks(ids: range) -> GPULoadStoreSpec:
+    return GPULoadStoreSpec(list(ids), group_sizes=(len(ids),), block_indices=(0,))
+
+
+@pytest.fixture(params=ON_THE_HOST[:2], ids=str)
+def worker(request: pytest.FixtureRequest) -> Iterator[Worker]:
+    where: Where = request.param
+    if where.is_cuda and host_cuda() is None:
+        pytest.skip("no C compiler for the host's CUDA driver")
+    slab = NodeSlab(GEOMETRY)
+    with TemporaryDirectory(prefix="kvray-") as folder:  # a socket's path must be short
+        path = Path(folder) / "node.sock"
+        with ScriptedNode(path) as node, open_executor(where) as (executor, device):
+            os.close(node.slab_fd)
+            node.slab_fd, node.slab_id = os.dup(slab.owner.fd), slab.owner.slab_id
+            client = WorkerClient(find_socket=lambda: str(path), engine_nonce=1, label="rank 0")
+            client.start()
+            yield Worker(slab, client, Copies(executor, device))
+            client.close()
+    slab.close()
+
+
+def test_a_job_of_vllm_moves_its_blocks(worker: Worker) -> None:
+    cache, transfers = worker.cache, worker.transfers
+    cache.randomize(worker.random)
+    before = [cache.pages(layer).clone() for layer in range(SHAPE.layers)]
+    places = worker.reserve()
+    assert transfers.submit_store(1, blocks(STORED), worker.slots(places))
+    transfers.wait({1})
+    assert worker.ended(1) == set()
+    worker.slab.commit(places)
+    cache.randomize(worker.random)
+    wanted = [cache.pages(layer).clone() for layer in range(SHAPE.layers)]
+    assert transfers.submit_load(2, worker.slots(places), blocks(LOADED))
+    assert worker.ended(2) == set()
+    for layer in range(SHAPE.layers):
+        wanted[layer][LOADED.start : LOADED.stop] = before[layer][STORED.start : STORED.stop]
+        assert torch.equal(cache.pages(layer), wanted[layer])
+    assert transfers.take_failed_blocks() == set()
+    assert transfers.faulted is None
+    assert sum(transfers.take_copies().values()) == 2
+
+
+def test_a_load_of_slots_that_were_given_away_is_named(worker: Worker) -> None:
+    places = worker.reserve()
+    worker.slab.commit(places)
+    worker.slab.evict(places)
+    assert worker.transfers.submit_load(3, worker.slots(places), blocks(LOADED))
+    assert worker.ended(3) == {3}
+    assert worker.transfers.take_failed_blocks() == set(LOADED)
+
+
+def test_a_job_for_a_slab_that_is_not_mapped_fails_at_once(worker: Worker) -> None:
+    assert worker.transfers.submit_load(4, SlotSpec.void(), blocks(LOADED))
+    assert worker.ended(4) == {4}
+
+
+def test_ranks_of_one_shape_shake_hands_alike(worker: Worker) -> None:
+    page_bytes = SHAPE.page_elements * 2
+    assert worker.transfers.handshake().part_bytes == (page_bytes * SHAPE.layers * 4,)
+    assert np.prod(worker.cache.layer(0).shape) == page_bytes // 2 * BLOCKS
