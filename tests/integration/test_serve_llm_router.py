@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from kvray.core.speeds import SpeedsSeen
 from tests.integration.test_serve_llm import asked_all_the_time, assert_all_evictable
 from tests.models import tiny
 from tests.prompts import full_chunks, prompt_of
@@ -31,6 +32,7 @@ ROUTED: dict[str, Any] = {
     "request_router_config": {"request_router_class": "kvray.serve.router:KVRayRouter"}
 }
 DOCUMENT_TOKENS, QUESTION_TOKENS = 1_600, 40  # a router's chunk has 512 tokens
+TINY_BYTES_PER_TOKEN = 8_192  # of the tiny model's KV
 PROMPT_TOKENS = DOCUMENT_TOKENS + QUESTION_TOKENS
 DOCUMENTS = 4
 ROUNDS = 3
@@ -83,6 +85,13 @@ def test_documents_go_back_to_their_reader_and_a_hot_one_spreads() -> None:
             assert node["computed"] == requests * (PROMPT_TOKENS - full_chunks(DOCUMENT_TOKENS))
         assert other["peer"] >= full_chunks(DOCUMENT_TOKENS), grown
         assert reader["device"] == sum(reader.values()) - reader["computed"], grown
+
+        # What the router weighs was measured by that.
+        said = {nodes.node_ids[index]: nodes.status(index) for index in (0, 1)}
+        speeds = SpeedsSeen().look(said)
+        assert speeds.prefill_us_per_token is not None
+        assert speeds.bytes_per_token == TINY_BYTES_PER_TOKEN
+        assert (nodes.node_ids[1 - readers[0]], nodes.node_ids[readers[0]]) in speeds.links
 
 
 def test_what_is_deployed_anew_leaves_nothing_of_what_it_replaces() -> None:
