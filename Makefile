@@ -25,7 +25,7 @@ RAY_LLM_LIMIT_S := 1800
 CLUSTER_LIMIT_S := 900
 WHEEL_LIMIT_S := 1800
 
-WHEEL_NOTES := $(CURDIR)/build/from-wheel-processes
+WHEEL_NOTES := $(CURDIR)/build/from-wheel/processes
 runs_ray_llm = $(findstring ray-llm,$(RUN))$(findstring serve,$(RUN))
 
 # Runs pytest so that no process outlives it, whatever happens in the tests.
