@@ -8,6 +8,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +57,30 @@ def main(arguments: list[str]) -> int:
         folder = Path(scratch)
         sources = folder / "sources"
         copy_sources(sources)
-        say("python -m build")
-        built = build(sources, DIST)
-        found += problems(built, sources, folder / "direct")
-        result |= {"wheel": built.wheel.name, "files": len(built.files())}
-        result["environments"] = {"base": try_base(built, folder, found)}
-        for extra in options.extra:
-            result["environments"][extra] = try_extra(built, extra, folder, found)
+        try:
+            result |= try_all(sources, options.extra, folder, found)
+        except CommandError as exc:
+            found.append(str(exc))
     for problem in found:
         say(problem)
     result["problems"] = len(found)
     sys.stdout.write(json.dumps(result) + "\n")
     return 1 if found else 0
+
+
+def try_all(sources: Path, extras: Sequence[str], folder: Path, found: list[str]) -> dict[str, Any]:
+    """found: what is wrong is added there. Raises CommandError where nothing can go on."""
+    say("python -m build")
+    built = build(sources, DIST)
+    found += problems(built, sources, folder / "direct")
+    environments = {"base": try_base(built, folder, found)}
+    for extra in extras:
+        environments[extra] = try_extra(built, extra, folder, found)
+    return {
+        "wheel": built.wheel.name,
+        "files": len(built.files()),
+        "environments": environments,
+    }
 
 
 def try_base(built: Built, folder: Path, found: list[str]) -> dict[str, Any]:
