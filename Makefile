@@ -52,7 +52,7 @@ help:
 	@echo 'make sim           2,000 seeds of the cluster simulator, about a quarter of an hour'
 	@echo 'make mutants       bugs planted in the cores one at a time: each must be caught'
 	@echo 'make faults        real faults under load, about twenty minutes'
-	@echo 'make bench         all benchmarks, and the page of them: half an hour on a quiet machine'
+	@echo 'make bench         all benchmarks, and the page of them: over two hours on a quiet machine'
 	@echo 'make pictures      docs/pictures, as the page looks in a browser'
 	@echo 'make lint          ruff, mypy, import-linter'
 	@echo 'make format        ruff format and the fixes that ruff is sure of'
