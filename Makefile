@@ -18,7 +18,7 @@ TEST_PACKAGES := $(shell grep -v '^\#' requirements/test-packages.txt)
 CLUSTER_PACKAGES := $(shell grep -v '^\#' requirements/cluster-packages.txt)
 NGINX_PACKAGES := $(shell grep -v '^\#' requirements/nginx-packages.txt)
 
-# Upper bounds of one run, in seconds: .ci/run has 75 minutes for all of them.
+# Upper bounds of one run, in seconds: .ci/run has 80 minutes for all of them.
 TEST_LIMIT_S := 1800
 SLOW_LIMIT_S := 1800
 RAY_LLM_LIMIT_S := 1800
