@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kvray.engine.copy_order import part_cuts
+from kvray.core.copy_order import part_cuts
 from kvray.engine.pieces import GroupPages, Pieces, TensorPages, build_pieces
 
 DEVICE_BLOCKS = 16_384

@@ -7,7 +7,7 @@
     matmuls     their time beside continuous copies, over their time beside plain pinned copies
     pair        peer's slab, own slab, device: pipelined, over the slower of the two hops alone
     sanitizer   compute-sanitizer memcheck on a short run
-    crossing    GB/s at each page size by each way: where engine.copy_ways should change over
+    crossing    GB/s at each page size by each way: where core.copy_ways should change over
 
 Needs torch; cupy for the kernel, nixl for `pair`. Without a GPU it names what it did not run, and
 that is no failure. --smoke: tiny, without a GPU on tests/gpu/host_cuda.c, to see that the script
@@ -39,9 +39,9 @@ import torch
 from benchmarks import descriptor_jobs
 from benchmarks.bars import Bar, at_least, at_most
 from benchmarks.measure import json_line
+from kvray.core.copy_ways import Way
+from kvray.core.direction import Direction
 from kvray.core.effects import Place
-from kvray.engine.copier import Direction
-from kvray.engine.copy_ways import Way
 from kvray.engine.cuda_driver import the_driver
 from tests.gpu.caches import CacheShape
 from tests.gpu.rig import (

@@ -10,7 +10,8 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from kvray.engine.copier import CpuExecutor, Direction, Executor
+from kvray.core.direction import Direction
+from kvray.engine.copier import CpuExecutor, Executor
 from kvray.engine.raw_copy import Pointers, copy_pieces
 from kvray.engine.streams import StreamExecutor
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from kvray.core.direction import Direction
 from kvray.core.layout import HEADER_BYTES, SLOT_HEADER_DTYPE
-from kvray.engine.copier import CopyEnd, Direction, Executor
+from kvray.engine.copier import CopyEnd, Executor
 from kvray.engine.raw_copy import Pointers
 
 MAX_SETTLE_ROUNDS = 2_000  # 2 ms each

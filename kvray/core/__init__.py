@@ -6,4 +6,6 @@ torch; time comes in as an argument, what should happen comes out as commands an
     fetch (planner, peers, locates, reads, waits)          how blocks come from other nodes
     node                                   one NodeStore: sessions, store, fetch and announcing
     directory (roster, catalogue)          who is alive, who holds what
+    copy_order, copy_ways                  copies on a device: what goes out when, and by which way
+    routing, speeds                        which replica a request costs the least on
 """

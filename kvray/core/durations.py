@@ -3,13 +3,15 @@
 from bisect import bisect_left
 from collections.abc import Mapping
 
+from kvray.core.direction import Direction
+
 # Upper bounds, inclusive. 0 has a bucket of its own: most look-ups are answered within the event.
 BOUNDS_MS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 5_000)
 # What stands for all that fell into a bucket: its bound, and twice the last one for what is beyond.
 VALUES_MS = (*BOUNDS_MS, 2 * BOUNDS_MS[-1])
 
 # Of an engine's copies between device and slab. It reports them as counters, one for each bucket.
-COPY_DIRECTIONS = ("load", "store")
+COPY_DIRECTIONS = tuple(direction.value for direction in Direction)
 
 
 class Durations:

@@ -14,12 +14,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from enum import Enum
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from kvray.core.direction import Direction
 from kvray.engine.raw_copy import Pointers, copy_pieces
 
 logger = logging.getLogger("kvray.engine")
@@ -29,15 +29,6 @@ MIN_SPLIT_BYTES = 4 * 1024**2  # 0.3 ms of copying; waking the second thread tak
 MAX_PART_BYTES = 64 * 1024**2  # so that a load waits at most 6 ms behind a part of a store
 LOOK_S = 0.001  # at what has arrived: a batch of a fetch takes 5 ms, a look 0.02 ms
 CLOSE_LIMIT_S = 30.0  # what is queued is copied first; 30 s are 300 GB
-
-
-class Direction(Enum):
-    """A request waits for a load; nobody waits for a store, so it gives way where both want the
-    same thing.
-    """
-
-    LOAD = "load"  # slab to device
-    STORE = "store"  # device to slab
 
 
 class CopyEnd(NamedTuple):

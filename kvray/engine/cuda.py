@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from kvray.core.copy_order import MAX_PART_PIECES, MAX_PARTS_OUT
+from kvray.core.copy_ways import Abilities, Way, choose_way
+from kvray.core.direction import Direction
 from kvray.engine import gather
-from kvray.engine.copier import Direction
-from kvray.engine.copy_order import MAX_PART_PIECES, MAX_PARTS_OUT
-from kvray.engine.copy_ways import Abilities, Way, choose_way
 from kvray.engine.cuda_driver import IN_ANY_ORDER, IN_STREAM_ORDER, Driver
 from kvray.engine.pinning import Pins
 from kvray.engine.raw_copy import Pointers

@@ -69,7 +69,7 @@ class Pins:
                 name="kvray-pin",
                 daemon=True,
             )
-            self._threads.append(thread)
+            self._threads = [*(t for t in self._threads if t.is_alive()), thread]
         thread.start()
 
     def covers(self, begin: int, end: int) -> bool:
@@ -129,6 +129,7 @@ class Pins:
     def _forget(self, address: int) -> None:
         with self._lock:
             self._covered.pop(address, None)
+            self._slabs.pop(address, None)
 
 
 def _unregister_all(

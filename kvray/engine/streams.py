@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from kvray.engine.copier import CLOSE_LIMIT_S, CopyEnd, Direction, succeeds
-from kvray.engine.copy_order import CopyOrder, Part, part_cuts
+from kvray.core.copy_order import CopyOrder, Part, part_cuts
+from kvray.core.direction import Direction
+from kvray.engine.copier import CLOSE_LIMIT_S, CopyEnd, succeeds
 from kvray.engine.raw_copy import Pointers
 
 logger = logging.getLogger("kvray.engine")

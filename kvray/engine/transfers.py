@@ -24,9 +24,10 @@ from vllm.v1.kv_offload.base import (
     TransferResult,
 )
 
+from kvray.core.direction import Direction
 from kvray.core.durations import copy_counter
 from kvray.engine.arrivals import Arrivals
-from kvray.engine.copier import Direction, Executor
+from kvray.engine.copier import Executor
 from kvray.engine.guard import guarded, nothing
 from kvray.engine.jobs import RankHandshake, SlotSpec
 from kvray.engine.pieces import GroupPages, build_pieces

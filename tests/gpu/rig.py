@@ -24,13 +24,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvray.core.copy_ways import Way, choose_way
+from kvray.core.direction import Direction
 from kvray.core.effects import Place
 from kvray.core.ids import BlockKey, ClientId, NodeId, OpId, Origin
 from kvray.core.layout import Geometry, aligned
 from kvray.core.store import Holder, StoreCore
 from kvray.engine.arrivals import Arrivals
-from kvray.engine.copier import CopyEnd, CpuExecutor, Direction, Executor
-from kvray.engine.copy_ways import Way, choose_way
+from kvray.engine.copier import CopyEnd, CpuExecutor, Executor
 from kvray.engine.cuda import CudaDevice
 from kvray.engine.cuda_driver import Driver, the_driver
 from kvray.engine.pieces import GroupPages, Pieces, build_pieces, group_pages

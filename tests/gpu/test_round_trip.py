@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvray.engine.copy_ways import Way
+from kvray.core.copy_ways import Way
 from kvray.engine.cuda_driver import the_driver
 from tests.gpu.caches import LLAMA_8B, SHAPES, CacheShape
 from tests.gpu.rig import ON_A_GPU, ON_THE_HOST, Blocks, Rig, Where, host_cuda, open_rig, why_no_gpu

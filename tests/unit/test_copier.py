@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from kvray.core.direction import Direction
 from kvray.engine.copier import (
     MAX_PART_BYTES,
     MIN_SPLIT_BYTES,
     CopyEnd,
     CpuExecutor,
-    Direction,
     Executor,
 )
 from kvray.engine.raw_copy import Pointers

@@ -8,9 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvray.engine import copy_order
-from kvray.engine.copier import Direction
-from kvray.engine.copy_order import (
+from kvray.core.copy_order import (
     MAX_PART_BYTES,
     MAX_PART_PIECES,
     MAX_PARTS_OUT,
@@ -19,6 +17,7 @@ from kvray.engine.copy_order import (
     Part,
     part_cuts,
 )
+from kvray.core.direction import Direction
 
 LOAD, STORE = Direction.LOAD, Direction.STORE
 
@@ -194,8 +193,3 @@ def test_parts_are_as_large_as_may_be_and_no_larger(count: int, piece_bytes: int
     # A part ends with the piece that fills it.
     assert ((sizes - 1) * piece_bytes < MAX_PART_BYTES).all()
     assert len(cuts) <= count * piece_bytes / MAX_PART_BYTES + count / MAX_PART_PIECES + 2
-
-
-def test_the_order_knows_no_clock_and_no_device() -> None:
-    names = {v.__name__ for v in vars(copy_order).values() if type(v) is type(copy_order)}
-    assert names <= {"numpy"}

@@ -2,8 +2,8 @@
 
 import pytest
 
-from kvray.engine.copier import Direction
-from kvray.engine.copy_ways import MIN_GATHER_PIECES, Abilities, Way, choose_way
+from kvray.core.copy_ways import MIN_GATHER_PIECES, Abilities, Way, choose_way
+from kvray.core.direction import Direction
 
 ALL = Abilities(batches=True, gathers=True)
 OLD_DRIVER = Abilities(batches=False, gathers=False)

@@ -13,9 +13,10 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from kvray.core.direction import Direction
 from kvray.core.effects import Place
 from kvray.engine.arrivals import Arrivals
-from kvray.engine.copier import CopyEnd, CpuExecutor, Direction, Executor
+from kvray.engine.copier import CopyEnd, CpuExecutor, Executor
 from kvray.engine.jobs import SlotSpec
 from kvray.node.mapped import MappedSlab
 from tests.host_device import EXECUTORS, an_executor

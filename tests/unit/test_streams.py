@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvray.engine.copier import CopyEnd, Direction, Executor
+from kvray.core.direction import Direction
+from kvray.engine.copier import CopyEnd, Executor
 from kvray.engine.streams import StreamExecutor
 from tests.host_device import EXECUTORS, LIMIT_S, HostDevice, an_executor
 
@@ -94,7 +95,7 @@ def test_what_the_engine_begins_later_is_not_waited_for(
 def test_a_job_of_several_parts_arrives_whole(
     executor: StreamExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvray.engine.copy_order.MAX_PART_PIECES", 3)
+    monkeypatch.setattr("kvray.core.copy_order.MAX_PART_PIECES", 3)
     copies = [Copy(50, seed=seed) for seed in range(4)]
     for job_id, copy in enumerate(copies):
         executor.submit(job_id, *copy.columns, direction=list(Direction)[job_id % 2])
@@ -115,7 +116,7 @@ def test_a_job_that_can_not_be_put_on_its_stream_fails_and_no_other(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Above all: what is left of it must not pass a wait that was never put there."""
-    monkeypatch.setattr("kvray.engine.copy_order.MAX_PART_PIECES", 1)
+    monkeypatch.setattr("kvray.core.copy_order.MAX_PART_PIECES", 1)
     device.refuses[call] = RuntimeError("no room on the stream")
     failing, good = Copy(), Copy()
     executor.submit(1, *failing.columns, direction=LOAD)

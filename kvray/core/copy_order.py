@@ -20,7 +20,7 @@ A part is some pieces of one job, put on the stream of its direction by one call
     - A job ends after its last part has, also when it failed long before: until then something
       might still write into its targets (rule 3).
 
-One thread of an executor does what is said here (streams), under its lock.
+One thread of an executor does what is said here (engine.streams), under its lock.
 """
 
 from collections import deque
@@ -30,17 +30,16 @@ from enum import Enum
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from kvray.engine.copier import Direction
-from kvray.engine.raw_copy import Pointers
+from kvray.core.direction import Direction
 
 # Of one part. A job that is cut, and is waited for, ends after the parts that are out: 256 MiB are
 # 5 ms at 50 GB/s. The pieces are what a descriptor buffer of 0.4 MB holds.
 MAX_PART_BYTES = 256 * 1024**2
 MAX_PART_PIECES = 16_384
-MAX_PARTS_OUT = (
-    4  # of a direction: one moves, one is next, two in hand for a thread that wakes late
-)
+# Of a direction: one moves, one is next, two in hand for a thread that wakes late.
+MAX_PARTS_OUT = 4
 
 
 class CopyState(Enum):
@@ -88,7 +87,7 @@ class _Job:
         return self.cuts[-1]
 
 
-def part_cuts(piece_bytes: Pointers) -> tuple[int, ...]:
+def part_cuts(piece_bytes: npt.NDArray[np.uint64]) -> tuple[int, ...]:
     """Where to cut a job into parts: the end of each, as a piece index."""
     count = len(piece_bytes)
     by_count = list(range(MAX_PART_PIECES, count, MAX_PART_PIECES))

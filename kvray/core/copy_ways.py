@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
 
-from kvray.engine.copier import Direction
+from kvray.core.direction import Direction
 
 
 class Way(Enum):
