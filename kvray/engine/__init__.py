@@ -5,6 +5,7 @@
     attach      puts the connector into an engine that already runs, and takes it out again
     connector   vLLM's OffloadingConnector, plus failed copies and renewed namespaces
     lookups     in EngineCore: what is cached, where to store it (an OffloadingManager)
+    holds       which requests wait for that, and for how long they may
     transfers   in each worker: copies between paged cache and slab (an OffloadingWorker)
     pieces      what a job copies: arrays of (device pointer, slab pointer, bytes)
     copier      who copies them: the seam, and threads for the CPU

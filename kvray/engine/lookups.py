@@ -47,6 +47,7 @@ from kvray.core.reasons import MissReason
 from kvray.core.speeds import PREFILL_TOKENS, PREFILL_US, STORED_BYTES, STORED_TOKENS
 from kvray.engine import metrics, versions
 from kvray.engine.guard import guarded, nothing
+from kvray.engine.holds import Holds
 from kvray.engine.jobs import SlotSpec
 from kvray.engine.namespace import digest, renewed
 from kvray.engine.prefill_rate import PrefillRate
@@ -61,12 +62,6 @@ MAX_EARLY_LOOKUPS = 4  # the next few: what they have found can not be evicted w
 # answer that is late by more than so many steps is no hiccup of a busy host; and vLLM logs a line
 # for each.
 MAX_POSTPONED_STEPS = 4
-# Steps in which a look-up could not be asked, since the answer to the one before it is late. Steps
-# and not a time: one in which others are computed may take seconds, and is no wait for kvray. One
-# without work takes a millisecond, and a NodeStore that waits for a core gets one within ten.
-MAX_UNASKED_STEPS = 16
-MAX_RESTING = 32  # requests to look through every millisecond; with more, vLLM's own loop goes on
-REST_LIMIT_S = 0.1  # then vLLM has a step all the same: it may wait for what we know nothing of
 
 
 class Lookups(OffloadingManager):
@@ -105,6 +100,7 @@ class Lookups(OffloadingManager):
             ),
             0,
         )
+        self._holds = Holds(config, self.counters)
         chunk_tokens = min(self._tokens_per_chunk.values(), default=1)
         self._chunk_tokens = chunk_tokens
         self._tokens = TokenCounts(self.counters, chunk_tokens=chunk_tokens)
@@ -151,7 +147,7 @@ class Lookups(OffloadingManager):
         if view is not None and view.early and not early:
             view.early = False
             if view.is_outdated(runs):
-                view.known = None if view.ticket is None else cause_of(view.ticket)
+                view.early_cause = None if view.ticket is None else cause_of(view.ticket)
                 self._release(req_id, view)
         if (
             view is None
@@ -176,8 +172,8 @@ class Lookups(OffloadingManager):
             key_compute_us=self._key_compute_us(runs),
         )
         if ticket is None:
-            if not early:
-                self._postpone(view)
+            if not early and not self._holds.until_next_step(view, self._client):
+                self._compute(view)
             return
         view.unasked_steps = 0
         view.ticket = ticket
@@ -186,19 +182,11 @@ class Lookups(OffloadingManager):
         view.deadline_s = time.monotonic() + self._config.lookup_deadline_ms / 1_000
         self._with_ticket[req_id] = view
 
-    def _postpone(self, view: RequestView) -> None:
-        """It could not be asked about: in the next step, unless nobody will answer there either, or
-        there were enough of them.
-        """
-        if self._client.may_answer_soon and view.unasked_steps < MAX_UNASKED_STEPS:
-            view.unasked = True
-            view.unasked_steps += 1
-            view.held_s = view.held_s or time.monotonic()
-            return
-        if view.held_s:
-            self._end_hold(view)
+    def _compute(self, view: RequestView) -> None:
+        """It could not be asked about, and waits for that no longer."""
+        self._holds.end(view)
         view.access = Access.MISSING
-        view.prompt.why = self._unasked(view.known)
+        view.prompt.why = self._unasked(view.early_cause)
 
     def _key_compute_us(self, runs: Sequence[Run]) -> int:
         """What computing one block would take; a chunk's time is shared by its cache groups."""
@@ -216,8 +204,8 @@ class Lookups(OffloadingManager):
             return LookupResult.MISS
         ticket = view.ticket
         may_load_early = self._config.loads_early and ticket.arriving
-        if view.held_s and (may_load_early or ticket.settled):
-            self._end_hold(view)
+        if may_load_early or ticket.settled:
+            self._holds.end(view)
         state = ticket.states[i]
         if state == KeyState.HIT:
             return LookupResult.HIT
@@ -225,11 +213,10 @@ class Lookups(OffloadingManager):
             return LookupResult.HIT
         if state == KeyState.MISS or view.access is not Access.OPEN:
             return LookupResult.MISS
-        now_s = time.monotonic()
-        view.held_s = view.held_s or now_s
-        if now_s < view.deadline_s:
+        self._holds.begin(view)
+        if time.monotonic() < view.deadline_s:
             return LookupResult.RETRY
-        self._end_hold(view)
+        self._holds.end(view)
         # Whatever has arrived by now counts; the rest of this request is computed.
         view.access = Access.MISSING
         view.prompt.why = MissReason.DEADLINE
@@ -240,29 +227,7 @@ class Lookups(OffloadingManager):
         """Nothing can be computed before one of these requests, all that there are, has its
         answer: hear what comes until one has, or its deadline, or somebody wants the engine.
         """
-        if not 0 < len(req_ids) <= MAX_RESTING:
-            return
-        views = [self._requests.get(req_id) for req_id in req_ids]
-        held = [view for view in views if view is not None and self._is_held(view)]
-        if len(held) < len(views):
-            return
-        now_s = time.monotonic()
-        for view in held:
-            view.held_s = view.held_s or now_s
-        self.counters["rests"] += 1
-        self._client.listen(
-            lambda: is_wanted() or not all(self._is_held(view) for view in held),
-            limit_s=min(REST_LIMIT_S, min(view.deadline_s for view in held) - now_s),
-        )
-
-    def _is_held(self, view: RequestView) -> bool:
-        """Whether `lookup` would say RETRY, and `begin` would not ask anew."""
-        ticket = view.ticket
-        if ticket is None or view.loading or view.access is not Access.OPEN or ticket.settled:
-            return False
-        if view.early and KeyState.MISS in ticket.states:
-            return False
-        return not (self._config.loads_early and ticket.arriving)
+        self._holds.rest([self._requests.get(name) for name in req_ids], self._client, is_wanted)
 
     # ---- load
 
@@ -494,15 +459,8 @@ class Lookups(OffloadingManager):
         """The engine ends, or is given back: what its last requests have stored is still said."""
         self._report()
 
-    def _end_hold(self, view: RequestView) -> None:
-        """The request waits for kvray no more: each of its keys is a hit or a miss."""
-        held_ms = round((time.monotonic() - view.held_s) * 1_000)
-        self.counters["longest_wait_ms"] = max(self.counters["longest_wait_ms"], held_ms)
-        view.held_s = 0.0
-
     def _release(self, req_id: str, view: RequestView) -> None:
-        if view.held_s:
-            self._end_hold(view)
+        self._holds.end(view)
         if view.ticket is not None:
             self._client.unpin(view.ticket)
             view.ticket = None

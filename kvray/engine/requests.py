@@ -54,7 +54,7 @@ class RequestView:
     early: bool = False  # its ticket is from before the scheduler asked
     unasked: bool = False  # in this step the NodeStore could not be asked: in the next one
     unasked_steps: int = 0  # such steps so far
-    known: MissReason | None = None  # what an early answer said that is given up by now
+    early_cause: MissReason | None = None  # what an early answer said that is given up by now
     prompt: Prompt = field(default_factory=Prompt)
 
     def is_outdated(self, runs: Sequence[Run]) -> bool:

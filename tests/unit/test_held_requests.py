@@ -17,7 +17,7 @@ from kvray.config import EngineConfig
 from kvray.core.ids import SlabId
 from kvray.core.messages import KeyState
 from kvray.core.reasons import MissReason
-from kvray.engine import lookups as module
+from kvray.engine import holds, lookups
 from kvray.engine.jobs import SlotSpec
 from kvray.engine.lookups import Lookups
 from kvray.engine.requests import Run
@@ -89,14 +89,15 @@ class Engine:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     clock, client = Clock(), TicketClient()
-    monkeypatch.setattr(module, "time", clock)
-    lookups = Lookups(
+    monkeypatch.setattr(lookups, "time", clock)
+    monkeypatch.setattr(holds, "time", clock)
+    made = Lookups(
         config=EngineConfig(lookup_deadline_ms=1_000, load_early=True), tokens_per_chunk={0: 128}
     )
     client_for_it: Any = client
-    lookups.open(client_for_it, {})
-    lookups.slot_bytes = {0: 4_096}
-    return Engine(clock, client, lookups)
+    made.open(client_for_it, {})
+    made.slot_bytes = {0: 4_096}
+    return Engine(clock, client, made)
 
 
 def test_a_request_that_is_told_at_once_was_not_held(engine: Engine) -> None:
@@ -282,6 +283,21 @@ def test_a_long_step_of_others_meanwhile_is_no_wait_for_kvray(engine: Engine) ->
     assert engine.ask("a", after_ms=200) is LookupResult.MISS
 
 
+def test_what_can_not_be_asked_about_for_long_is_computed(engine: Engine) -> None:
+    """Goal: one deadline for all that kvray does for a request, the steps before it asks too."""
+    runs = [Run(0, KEYS, is_prefix=True)]
+    engine.client.is_overdue = True
+    engine.lookups.on_new_request(ReqContext(req_id="a"))
+    for waited_ms in (0, 400, 599):
+        engine.clock.now_s += waited_ms / 1_000
+        engine.lookups.begin("a", runs)
+        assert engine.ask("a") is LookupResult.RETRY
+    engine.clock.now_s += 0.002
+    engine.lookups.begin("a", runs)
+    assert engine.ask("a") is LookupResult.MISS
+    assert engine.longest_ms == 1_001
+
+
 def test_where_no_node_store_will_answer_soon_nothing_waits(engine: Engine) -> None:
     engine.client.is_overdue = True
     engine.client.may_answer_soon = False
@@ -304,7 +320,7 @@ def test_what_an_early_answer_said_is_the_reason_if_nobody_answers_again(engine:
     ticket.causes = {0: MissReason.NEVER_SEEN}
     client.is_overdue = True
 
-    for _ in range(module.MAX_UNASKED_STEPS + 1):
+    for _ in range(holds.MAX_UNASKED_STEPS + 1):
         lookups.begin("a", runs)
 
     lookups.admitted("a", prompt_tokens=300, external_tokens=0)
@@ -315,7 +331,7 @@ def test_what_an_early_answer_said_is_the_reason_if_nobody_answers_again(engine:
 def test_a_request_that_was_never_answered_says_so(engine: Engine) -> None:
     engine.client.is_overdue = True
     engine.lookups.on_new_request(ReqContext(req_id="a"))
-    for _ in range(module.MAX_UNASKED_STEPS + 1):
+    for _ in range(holds.MAX_UNASKED_STEPS + 1):
         engine.lookups.begin("a", [Run(0, KEYS, is_prefix=True)])
     assert engine.ask("a") is LookupResult.MISS
     engine.lookups.admitted("a", prompt_tokens=256, external_tokens=0)
