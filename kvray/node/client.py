@@ -50,6 +50,7 @@ from kvray.errors import RemoteProtocolError
 from kvray.node import process, wire
 from kvray.node.connector import RETRY_FIRST_S, RETRY_LAST_S, Connection, Connector, Session
 from kvray.node.outbox import OUTBOX_LIMIT
+from kvray.node.patience import BUDGET_S, Patience
 from kvray.node.telling import Teller
 from kvray.node.tickets import (
     LookupPage,
@@ -66,11 +67,6 @@ __all__ = ["ClientState", "NodeClient", "Reservation", "Session", "Ticket", "Wor
 
 logger = logging.getLogger("kvray.node")
 
-BUDGET_S = 0.002  # per scheduler step; a lookup of 512 keys takes 0.1 to 0.3 ms
-# A NodeStore that waits for a core of a busy host gets one within some ten milliseconds. One that
-# is silent for longer is frozen or worse, and no request is held for it.
-HICCUP_S = 0.1
-MIN_BUDGET_S = 0.000_2  # with less left nothing is asked: no answer would be nobody's fault
 LISTEN_SLICE_S = 0.001  # how late an engine that listens hears of a new request; vLLM sleeps so too
 CLOSE_DEADLINE_S = 2.0  # the outbox is drained, Bye acknowledged, the threads joined
 JOIN_S = 1.0  # what the threads get in any case; they only have to wake up
@@ -125,10 +121,9 @@ class NodeClient:
         self._model = model[:MAX_LABEL_CHARS]
         self._fields = dict(fields or {})
         self._on_session = on_session
-        self._budget_s = self._left_s = budget_s
+        self._patience = Patience(budget_s)
         self._ops = itertools.count(1)
         self._connection: Connection | None = None
-        self._silent_since_s: float | None = None  # time.monotonic()
         self._closed = False
         self._lookups: dict[OpId, LookupPage] = {}  # with a key that may still be answered
         self._reserves: dict[OpId, ReservePage] = {}  # of the call that is under way
@@ -162,14 +157,12 @@ class NodeClient:
             return ClientState.CLOSED
         if self.session is None:
             return ClientState.ABSENT
-        return ClientState.CONNECTED if self._silent_since_s is None else ClientState.SILENT
+        return ClientState.SILENT if self._patience.is_silent else ClientState.CONNECTED
 
     @property
     def may_answer_soon(self) -> bool:
         """Whether a question that was not asked in this step is worth another try in the next."""
-        since_s = self._silent_since_s
-        is_hiccup = since_s is None or time.monotonic() - since_s < HICCUP_S
-        return is_hiccup and self.session is not None
+        return self._patience.may_hear_soon and self.session is not None
 
     @property
     def reason(self) -> str:
@@ -180,7 +173,7 @@ class NodeClient:
 
     def begin_step(self) -> None:
         """A new scheduler step: the whole budget is there again."""
-        self._left_s = self._budget_s
+        self._patience.begin_step()
 
     def lookup(
         self,
@@ -293,15 +286,16 @@ class NodeClient:
         """Send a question and read until it is answered, the connection ends or the budget does.
         False: it was not sent. If it was and page is not answered, the answer is overdue.
         """
-        if self._silent_since_s is not None:
+        patience = self._patience
+        if patience.is_silent:
             return False
-        if self._left_s < MIN_BUDGET_S:
+        if patience.is_spent:
             self.counters["budget_spent"] += 1
             return False
         begun_s = time.perf_counter()
-        end_s = begun_s + self._left_s
-        if not connection.reading.acquire(timeout=self._left_s):
-            self._left_s = 0.0
+        end_s = begun_s + patience.left_s
+        if not connection.reading.acquire(timeout=patience.left_s):
+            patience.left_s = 0.0
             return False
         try:
             if connection.has_ended():
@@ -312,13 +306,13 @@ class NodeClient:
                 while not page.answered and not connection.has_ended():
                     left_s = end_s - time.perf_counter()
                     if left_s <= 0:
-                        self._silent_since_s = time.monotonic()
+                        patience.overdue()
                         self.counters["overdue_answers"] += 1
                         break
                     connection.wait_answer(left_s)
                     connection.hear(self._heard)
             except BlockingIOError:  # it does not even read
-                self._silent_since_s = time.monotonic()
+                patience.overdue()
                 self.counters["overdue_answers"] += 1
                 return False
             except OSError as exc:
@@ -331,7 +325,7 @@ class NodeClient:
             return True
         finally:
             connection.reading.release()
-            self._left_s -= time.perf_counter() - begun_s
+            patience.left_s -= time.perf_counter() - begun_s
 
     def listen(self, enough: Callable[[], bool], *, limit_s: float) -> None:
         """Hear what comes, while the engine has nothing else to do: until enough(), which is asked
@@ -420,7 +414,7 @@ class NodeClient:
 
     def _opened(self, connection: Connection) -> None:
         self.counters["sessions"] += 1
-        self._silent_since_s = None
+        self._patience.heard()
         self._connection = connection
         self._teller.open(connection)
         if self._on_session is not None:
@@ -437,7 +431,7 @@ class NodeClient:
 
     def _heard(self, connection: Connection, message: LocalAnswer) -> None:
         """`reading` of the connection is held. Raises RemoteProtocolError."""
-        self._silent_since_s = None
+        self._patience.heard()
         match message:
             case LookupReply():
                 self._heard_lookup(message)

@@ -39,7 +39,8 @@ from kvray.core.messages import (
     Unpin,
 )
 from kvray.node import connector
-from kvray.node.client import HICCUP_S, ClientState, NodeClient, Reservation, Ticket, WorkerClient
+from kvray.node.client import ClientState, NodeClient, Reservation, Ticket, WorkerClient
+from kvray.node.patience import HICCUP_S
 from tests.scripted_node import (
     GEOMETRY,
     PAGE,
@@ -587,7 +588,7 @@ def test_the_budget_is_one_for_all_questions_of_a_step(
 ) -> None:
     engine = make_engine().start()
     engine.client.begin_step()
-    engine.client._left_s = 0.0001  # noqa: SLF001 (as other questions would have left it)
+    engine.client._patience.left_s = 0.0001  # noqa: SLF001 (as other questions would have left it)
     assert engine.lookup_more(1) is None
     assert node.all(Lookup) == []
     assert engine.client.counters["budget_spent"] == 1
@@ -610,7 +611,7 @@ def test_a_question_takes_its_time_off_the_budget(node: ScriptedNode, engine: En
     lefts = []
     for number in range(3):
         assert engine.lookup_more(number) is not None
-        lefts.append(engine.client._left_s)  # noqa: SLF001
+        lefts.append(engine.client._patience.left_s)  # noqa: SLF001
     assert AMPLE_S > lefts[0] > lefts[1] > lefts[2] > 0
 
 
