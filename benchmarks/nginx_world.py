@@ -28,6 +28,10 @@ from benchmarks.nginx_loads import CHUNK_TOKENS
 
 os.environ.setdefault("RAY_worker_niceness", "0")  # as in ray_cluster.yaml
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Huge pages for the weights of all engines. Without, where an engine's pages happen to lie decides
+# how fast it multiplies: of four that are alike, each by itself, one takes a tenth longer than
+# another for as long as it lives.
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 
 NAME = "smollm2"
 MODES = ("none", "kvray")

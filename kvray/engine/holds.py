@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 
 from kvray.config import EngineConfig
-from kvray.core.messages import KeyState
 from kvray.engine.requests import Access, RequestView
 from kvray.node.client import NodeClient
 
@@ -58,7 +57,7 @@ class Holds:
         ticket = view.ticket
         if ticket is None or view.loading or view.access is not Access.OPEN or ticket.settled:
             return False
-        if view.early and KeyState.MISS in ticket.states:
+        if view.early and view.has_old_miss(time.monotonic()):
             return False
         return not (self._loads_early and ticket.arriving)
 

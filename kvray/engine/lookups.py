@@ -146,7 +146,7 @@ class Lookups(OffloadingManager):
             view.unasked = False
         if view is not None and view.early and not early:
             view.early = False
-            if view.is_outdated(runs):
+            if view.is_outdated(runs, time.monotonic()):
                 view.early_cause = None if view.ticket is None else cause_of(view.ticket)
                 self._release(req_id, view)
         if (
@@ -179,7 +179,8 @@ class Lookups(OffloadingManager):
         view.ticket = ticket
         view.early = early
         view.index = {key: i for i, key in enumerate(offload_keys)}
-        view.deadline_s = time.monotonic() + self._config.lookup_deadline_ms / 1_000
+        view.asked_s = time.monotonic()
+        view.deadline_s = view.asked_s + self._config.lookup_deadline_ms / 1_000
         self._with_ticket[req_id] = view
 
     def _compute(self, view: RequestView) -> None:

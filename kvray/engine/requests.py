@@ -11,6 +11,12 @@ from kvray.core.reasons import MissReason
 from kvray.engine.sources import Prompt
 from kvray.node.client import Ticket
 
+# How long a miss is believed that was said before the scheduler asked. Whoever waits behind the
+# prefill of others waits for longer, and what was missing may have been stored meanwhile. Whoever
+# does not would only wait for the same answer again: a step without work, after which vLLM's
+# processes spin for a second (see engine.rest), beside the prefill that begins then.
+FRESH_MISS_S = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -45,6 +51,7 @@ class RequestView:
     salt: bytes = b""
     ticket: Ticket | None = None
     index: dict[OffloadKey, int] = field(default_factory=dict)
+    asked_s: float = 0.0  # when the ticket began
     deadline_s: float = 0.0
     held_s: float = 0.0  # since when its answer is RETRY; 0 while it is not
     loading: bool = False
@@ -57,10 +64,16 @@ class RequestView:
     early_cause: MissReason | None = None  # what an early answer said that is given up by now
     prompt: Prompt = field(default_factory=Prompt)
 
-    def is_outdated(self, runs: Sequence[Run]) -> bool:
-        """Whether an early answer may not be the best that there is by now: somebody may have
-        stored what was missing, or the device evicted what it had.
+    def has_old_miss(self, now_s: float) -> bool:
+        """Whether somebody may have stored by now what was missing."""
+        if self.ticket is None or KeyState.MISS not in self.ticket.states:
+            return False
+        return now_s - self.asked_s > FRESH_MISS_S
+
+    def is_outdated(self, runs: Sequence[Run], now_s: float) -> bool:
+        """Whether an early answer may not be the best that there is by now: it has an old miss, or
+        the device has evicted what it had.
         """
-        if self.ticket is None or KeyState.MISS in self.ticket.states:
+        if self.ticket is None or self.has_old_miss(now_s):
             return True
         return any(key not in self.index for run in runs for key in run.keys[:1])

@@ -20,7 +20,7 @@ from kvray.core.reasons import MissReason
 from kvray.engine import holds, lookups
 from kvray.engine.jobs import SlotSpec
 from kvray.engine.lookups import Lookups
-from kvray.engine.requests import Run
+from kvray.engine.requests import FRESH_MISS_S, Run
 from kvray.node.client import Ticket
 
 pytestmark = [pytest.mark.engine]
@@ -306,6 +306,40 @@ def test_where_no_node_store_will_answer_soon_nothing_waits(engine: Engine) -> N
     assert engine.ask("a") is LookupResult.MISS
 
 
+# -- an answer from before the scheduler asked ---------------------------------------------------
+
+
+@pytest.mark.parametrize(("waited_s", "asks"), [(FRESH_MISS_S * 0.9, 1), (FRESH_MISS_S * 1.1, 2)])
+def test_an_early_miss_is_believed_while_it_is_fresh(
+    engine: Engine, waited_s: float, asks: int
+) -> None:
+    """Goal: a new prompt is asked about once if nothing keeps the scheduler from it: a second
+    question would cost it a step without work.
+    """
+    lookups, runs = engine.lookups, [Run(0, KEYS, is_prefix=True)]
+    lookups.on_new_request(ReqContext(req_id="a"))
+    lookups.begin("a", runs, early=True)
+    engine.client.tickets[0].miss()
+
+    engine.clock.now_s += waited_s
+    lookups.begin("a", runs)
+
+    assert len(engine.client.tickets) == asks
+    assert engine.ask("a") is (LookupResult.MISS if asks == 1 else LookupResult.RETRY)
+
+
+def test_an_engine_rests_for_an_early_answer_too(engine: Engine) -> None:
+    """Goal: what is COMING behind nothing but fresh misses is waited for before the step."""
+    lookups = engine.lookups
+    lookups.on_new_request(ReqContext(req_id="a"))
+    lookups.begin("a", [Run(0, KEYS, is_prefix=True)], early=True)
+    (ticket,) = engine.client.tickets
+    ticket.states[1] = KeyState.MISS
+    engine.client.due[3] = [ticket.miss]
+    lookups.rest(["a"], lambda: False)
+    assert engine.client.looks == 4
+
+
 # -- why its prompt is computed -----------------------------------------------------------------
 
 
@@ -319,6 +353,7 @@ def test_what_an_early_answer_said_is_the_reason_if_nobody_answers_again(engine:
     ticket.states[:] = bytes([KeyState.MISS] * 2)
     ticket.causes = {0: MissReason.NEVER_SEEN}
     client.is_overdue = True
+    engine.clock.now_s += FRESH_MISS_S * 1.01
 
     for _ in range(holds.MAX_UNASKED_STEPS + 1):
         lookups.begin("a", runs)
