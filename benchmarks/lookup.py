@@ -1,6 +1,7 @@
 """What the control path costs: look-ups at the NodeStore and at the directory, and registering.
 
-lookup_us, bare_lookup_us, held, local_client_operations, echo, p99_over_echo, engine_hello_bye_ms
+lookup_us, bare_lookup_us, paused_..., held, local_client_operations, echo, p99_over_echo,
+engine_hello_bye_ms
                                                at the NodeStore: lookup_local, lookup_load
 register_p50_ms, register_p99_ms               of a node at the directory: lookup_registering
 locate_us ... one_actor                        at the directory: lookup_directory
@@ -63,6 +64,9 @@ def show(result: dict[str, Any]) -> None:
     table = Table("what", "p50", "p99")
     for count, times in result["lookup_us"].items():
         table.add_row(f"look-up of {count} keys", f"{times['p50']} us", f"{times['p99']} us")
+    for key, name in (("paused_lookup_us", "NodeStore"), ("paused_bare_lookup_us", "echo")):
+        times = result[key]["1"]
+        table.add_row(f"1 key after a pause: {name}", f"{times['p50']} us", f"{times['p99']} us")
     for name, times in result["held"].items():
         table.add_row(f"64 keys, one slot held: {name}", "", f"{times['p99_us']} us")
     for key, name in (

@@ -3,6 +3,9 @@
     lookup_us                of 1, 64 and 512 keys that are READY: p50, p99
     bare_lookup_us           as many bytes to an echo server and back, one call right after the
                              other, so that neither side falls asleep: what the calls alone cost
+    paused_lookup_us, paused_bare_lookup_us
+                             the same two with a pause before each, in which both sides sleep: what
+                             the echo takes longer then is the machine's waking, and no work
     held                     the p99 of 64 keys while one slot is being written, pinned or in
                              quarantine and other blocks are stored, loaded and evicted, relative
                              to no such slot
@@ -51,6 +54,8 @@ BLOCK_BYTES = 4_096
 KEY_COUNTS = (1, 64, 512)
 LOOKUPS = 400  # of each variant in a round: enough for a p99
 SMOKE_LOOKUPS = 50
+PAUSE_S = 0.005  # as between two steps of a busy engine
+PAUSED_LOOKUPS = 100  # in a round: for a median
 ROUNDS = 7
 SMOKE_ROUNDS = 2
 CHURN = 16  # blocks that are stored (and as many evicted) in between, each time
@@ -81,11 +86,13 @@ def fill(client: Client) -> None:
 
 
 def lookup_times_us(
-    client: Client, keys: list[BlockKey], count: int, *, churn: bool
+    client: Client, keys: list[BlockKey], count: int, *, churn: bool, pause_s: float = 0.0
 ) -> list[float]:
     """Of `count` look-ups, all of them hits. churn: between them others are stored and evicted."""
     taken = []
     for n in range(count):
+        if pause_s:
+            time.sleep(pause_s)
         if churn and n % CHURN == 0:
             client.store(*(f"churn {time.monotonic_ns()} {i}" for i in range(CHURN)))
         begun = time.perf_counter_ns()
@@ -98,7 +105,9 @@ def lookup_times_us(
     return taken
 
 
-def bare_times_us(caller: Caller, key_count: int, count: int) -> list[float]:
+def bare_times_us(
+    caller: Caller, key_count: int, count: int, *, pause_s: float = 0.0
+) -> list[float]:
     """Of `count` calls, each followed by another one as short as an unpin is."""
     op = OpId(FIRST_OP)
     lookup = Lookup(op, bytes(16 * key_count), [key_count], [True], [BLOCK_BYTES], 1_000)
@@ -108,6 +117,8 @@ def bare_times_us(caller: Caller, key_count: int, count: int) -> list[float]:
     unpinned = padded(encode(Unpin(op, op)), len(encode(Ack(op))))
     taken = []
     for _ in range(count):
+        if pause_s:
+            time.sleep(pause_s)
         begun = time.perf_counter_ns()
         caller.sock.send(asked)
         caller.sock.recv(MAX_MESSAGE_BYTES)
@@ -122,21 +133,29 @@ def measure_lookups(client: Client, lookups: int, rounds: int) -> dict[str, Any]
     keys = {
         count: client.store(*(f"{count} keys, {i}" for i in range(count))) for count in KEY_COUNTS
     }
-    taken: dict[int, list[float]] = {count: [] for count in KEY_COUNTS}
-    bare: dict[int, list[float]] = {count: [] for count in KEY_COUNTS}
+    names = ("lookup_us", "bare_lookup_us", "paused_lookup_us", "paused_bare_lookup_us")
+    taken: dict[str, dict[int, list[float]]] = {
+        name: {count: [] for count in KEY_COUNTS} for name in names
+    }
+    paused = min(lookups, PAUSED_LOOKUPS)
     with running_echo() as echo_path:
         caller = Caller(echo_path)
         for round_number in track(range(rounds + 1), "look-ups", console=console):
             for count in KEY_COUNTS:
-                times = lookup_times_us(client, keys[count], lookups, churn=False)
-                bare_times = bare_times_us(caller, count, lookups)
+                own = keys[count]
+                times = (
+                    lookup_times_us(client, own, lookups, churn=False),
+                    bare_times_us(caller, count, lookups),
+                    lookup_times_us(client, own, paused, churn=False, pause_s=PAUSE_S),
+                    bare_times_us(caller, count, paused, pause_s=PAUSE_S),
+                )
                 if round_number:  # the first round warms
-                    taken[count] += times
-                    bare[count] += bare_times
+                    for name, found in zip(names, times, strict=True):
+                        taken[name][count] += found
         caller.sock.close()
     return {
-        "lookup_us": {str(count): spread(times, digits=1) for count, times in taken.items()},
-        "bare_lookup_us": {str(count): spread(times, digits=1) for count, times in bare.items()},
+        name: {str(count): spread(found, digits=1) for count, found in by_count.items()}
+        for name, by_count in taken.items()
     }
 
 
