@@ -2,6 +2,8 @@
 
     locate_us              of 64 and 512 keys, by a Ray call, encoding and decoding included
     bare_call_us           of an actor that answers with as many bytes to as many
+    locate_in_a_row_us     the directory's part of a locate, one after another without a call: what
+                           the same work takes where nobody sleeps
     directory_keys_per_s   located by 8 processes at once, 4,096 keys a call
     bytes_per_entry        resident memory of the directory's process, for one key at one node
     heartbeat_cpu_percent  of one core, for 1,000 nodes, each as often as it is told to
@@ -166,7 +168,12 @@ def measure_locates(
         if n % 50 == 0:
             holders.beat()
     ray.kill(bare)
+    in_a_row = {
+        count: ray.get(directory.locate_in_a_row_us.remote(sent, calls))
+        for count, sent in messages.items()
+    }
     return {
+        "locate_in_a_row_us": {str(count): spread(us, digits=1) for count, us in in_a_row.items()},
         "locate_us": {str(count): spread(us, digits=1) for count, us in taken["locate"].items()},
         "bare_call_us": {str(count): spread(us, digits=1) for count, us in taken["bare"].items()},
         "locate_over_bare": {
