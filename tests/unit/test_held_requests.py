@@ -329,7 +329,7 @@ def test_an_early_miss_is_believed_while_it_is_fresh(
 
 
 def test_an_engine_rests_for_an_early_answer_too(engine: Engine) -> None:
-    """Goal: what is COMING behind nothing but fresh misses is waited for before the step."""
+    """Goal: what a fresh answer still waits for is waited for before the step."""
     lookups = engine.lookups
     lookups.on_new_request(ReqContext(req_id="a"))
     lookups.begin("a", [Run(0, KEYS, is_prefix=True)], early=True)
