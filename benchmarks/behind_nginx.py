@@ -41,7 +41,7 @@ from benchmarks.nginx_world import MODES, NAME, Pairs, SceneError, grown, runnin
 TRACE = Path(__file__).resolve().parent.parent / "tests" / "data" / "mooncake_conversation.jsonl.xz"
 TRACE_BLOCKS = 16  # of the longest request: 2,048 tokens
 LOADS = ("prefix_repetition", "random", "timed_trace", "multi_turn")
-# A round of prefix_repetition or timed_trace takes a quarter of an hour on two cores.
+# All of them take an hour on two cores, a third of it the round of prefix_repetition.
 ROUNDS = {"prefix_repetition": 1, "random": 5, "timed_trace": 1, "multi_turn": 1}
 TALKS = Shape(sessions=8, turns=4, first_tokens=2_000)
 SMOKE_TALKS = Shape(sessions=2, turns=2, first_tokens=300)

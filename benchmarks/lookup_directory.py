@@ -172,6 +172,7 @@ def measure_locates(
         count: ray.get(directory.locate_in_a_row_us.remote(sent, calls))
         for count, sent in messages.items()
     }
+    holders.beat()
     return {
         "locate_in_a_row_us": {str(count): spread(us, digits=1) for count, us in in_a_row.items()},
         "locate_us": {str(count): spread(us, digits=1) for count, us in taken["locate"].items()},

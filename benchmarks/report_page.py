@@ -34,6 +34,12 @@ TITLES = {
 }
 
 
+HOW_TO_READ = (
+    "Ratios and bounds are the results; single times vary with what else the host does. "
+    "GB are 10^9 bytes."
+)
+
+
 def page(results: Mapping[str, Any], plots: Mapping[str, list[str]], *, notes: str) -> str:
     """The whole page. plots: of each result, paths relative to the page."""
     parts = ["# Results\n", _machines(results), _promises(results)]
@@ -65,14 +71,15 @@ def _machines(results: Mapping[str, Any]) -> str:
         card = result.get("card", "no GPU")
         text = (
             f"Measured on one machine: {machine['cores']} cores ({machine['cpu']}, virtual), "
-            f"{machine['memory_gb']} GB, Linux {machine['kernel']}, {card}, no RDMA; {packages}. "
-            "Ratios and bounds are the results; single times vary with what else the host does. "
-            "GB are 10^9 bytes."
+            f"{machine['memory_gb']} GB, Linux {machine['kernel']}, {card}, no RDMA; {packages}."
         )
         texts.setdefault(text, []).append(name)
-    if len(texts) == 1:
-        return f"{next(iter(texts))}\n"
-    return "\n\n".join(f"{', '.join(names)}. {text}" for text, names in texts.items()) + "\n"
+    said = (
+        list(texts)
+        if len(texts) == 1
+        else [f"{', '.join(names)}. {text}" for text, names in texts.items()]
+    )
+    return "\n\n".join([*said, HOW_TO_READ]) + "\n"
 
 
 def _promises(results: Mapping[str, Any]) -> str:

@@ -142,7 +142,7 @@ def behind_nginx(
                 f"{name} {index} (vllm serve, port {engine_port})",
                 serve_command(settings, port=engine_port, transfer=transfer),
                 log=folder / f"engine-{index}.log",
-                environment=serve_environment(cores_of(index, ENGINES)),
+                environment={**settings.environment, **serve_environment(cores_of(index, ENGINES))},
             )
         wait_serving(engines)
         nginx = start_nginx(folder, port=nginx_port, engine_ports=ports)

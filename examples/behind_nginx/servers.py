@@ -5,7 +5,7 @@ import os
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,15 @@ POLL_S = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """What the engines of a scene have in common. kv_cache_bytes: of each one's device cache."""
+    """What the engines of a scene have in common. kv_cache_bytes: of each one's device cache.
+    environment: variables of each one, besides serve_environment's.
+    """
 
     model: Path
     name: str
     max_model_len: int
     kv_cache_bytes: int
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def serve_command(

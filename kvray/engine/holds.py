@@ -30,6 +30,10 @@ class Holds:
         self._deadline_s = config.lookup_deadline_ms / 1_000
         self._counters = counters
 
+    def left_s(self, view: RequestView) -> float:
+        """Of the deadline of its ticket; negative when it is over."""
+        return view.asked_s + self._deadline_s - time.monotonic()
+
     def begin(self, view: RequestView) -> None:
         view.held_s = view.held_s or time.monotonic()
 
@@ -78,8 +82,7 @@ class Holds:
         for view in held:
             self.begin(view)
         self._counters["rests"] += 1
-        until_s = min(view.deadline_s for view in held)
         client.listen(
             lambda: is_wanted() or not all(self.is_held(view) for view in held),
-            limit_s=min(REST_LIMIT_S, until_s - time.monotonic()),
+            limit_s=min(REST_LIMIT_S, *map(self.left_s, held)),
         )

@@ -180,7 +180,6 @@ class Lookups(OffloadingManager):
         view.early = early
         view.index = {key: i for i, key in enumerate(offload_keys)}
         view.asked_s = time.monotonic()
-        view.deadline_s = view.asked_s + self._config.lookup_deadline_ms / 1_000
         self._with_ticket[req_id] = view
 
     def _compute(self, view: RequestView) -> None:
@@ -215,7 +214,7 @@ class Lookups(OffloadingManager):
         if state == KeyState.MISS or view.access is not Access.OPEN:
             return LookupResult.MISS
         self._holds.begin(view)
-        if time.monotonic() < view.deadline_s:
+        if self._holds.left_s(view) > 0:
             return LookupResult.RETRY
         self._holds.end(view)
         # Whatever has arrived by now counts; the rest of this request is computed.
@@ -251,7 +250,7 @@ class Lookups(OffloadingManager):
             if place is None:
                 return SlotSpec.void()  # it was coming a moment ago
             if ticket.states[index] != KeyState.HIT and not wait_ms:
-                wait_ms = max(1, round((view.deadline_s - time.monotonic()) * 1_000))
+                wait_ms = max(1, round(self._holds.left_s(view) * 1_000))
             group = get_offload_group_idx(key)
             block_key_list.append(ticket.keys[index])
             places.append(place)

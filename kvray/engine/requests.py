@@ -52,7 +52,6 @@ class RequestView:
     ticket: Ticket | None = None
     index: dict[OffloadKey, int] = field(default_factory=dict)
     asked_s: float = 0.0  # when the ticket began
-    deadline_s: float = 0.0
     held_s: float = 0.0  # since when its answer is RETRY; 0 while it is not
     loading: bool = False
     finished: bool = False

@@ -15,7 +15,6 @@ Imports neither Ray nor NIXL nor vLLM nor torch.
 """
 
 import itertools
-import logging
 import os
 import time
 from collections import Counter
@@ -35,22 +34,17 @@ from kvray.core.ids import (
 from kvray.core.messages import (
     MAX_COMPUTE_US,
     MAX_WRITING_LISTED,
-    Ack,
     Hello,
     KeyState,
     LocalAnswer,
     Lookup,
-    LookupReply,
-    LookupUpdate,
-    Refused,
     Reserve,
-    ReserveReply,
 )
-from kvray.errors import RemoteProtocolError
 from kvray.node import process, wire
 from kvray.node.connector import RETRY_FIRST_S, RETRY_LAST_S, Connection, Connector, Session
 from kvray.node.outbox import OUTBOX_LIMIT
 from kvray.node.patience import BUDGET_S, Patience
+from kvray.node.questions import Questions
 from kvray.node.telling import Teller
 from kvray.node.tickets import (
     LookupPage,
@@ -64,8 +58,6 @@ from kvray.node.tickets import (
 from kvray.node.worker_client import WorkerClient
 
 __all__ = ["ClientState", "NodeClient", "Reservation", "Session", "Ticket", "WorkerClient"]
-
-logger = logging.getLogger("kvray.node")
 
 LISTEN_SLICE_S = 0.001  # how late an engine that listens hears of a new request; vLLM sleeps so too
 CLOSE_DEADLINE_S = 2.0  # the outbox is drained, Bye acknowledged, the threads joined
@@ -125,9 +117,8 @@ class NodeClient:
         self._ops = itertools.count(1)
         self._connection: Connection | None = None
         self._closed = False
-        self._lookups: dict[OpId, LookupPage] = {}  # with a key that may still be answered
-        self._reserves: dict[OpId, ReservePage] = {}  # of the call that is under way
         self._teller = Teller(self._ops, self.counters, outbox_limit=outbox_limit)
+        self._questions = Questions(self._teller, self.counters)
         self._connector = Connector(
             name="kvray-client",
             find_socket=find_socket,
@@ -215,9 +206,9 @@ class NodeClient:
             )
             ticket.answered = False
             ticket.ops.append(op)
-            self._lookups[op] = page
+            self._questions.put(op, page)
             if not self._ask(connection, message, page):
-                self._lookups.pop(op, None)
+                self._questions.forget(op)
                 ticket.ops.pop()
                 if not ticket.ops:
                     return None
@@ -267,9 +258,9 @@ class NodeClient:
                 run_lengths=[run.stop - run.start for run in cut.runs],
                 run_slot_bytes=[run.slot_bytes for run in cut.runs],
             )
-            self._reserves[op] = page
+            self._questions.put(op, page)
             sent = self._ask(connection, message, page)
-            self._reserves.pop(op, None)
+            self._questions.forget(op)
             if sent:
                 asked.append(op)
             if page.grants is None:
@@ -356,7 +347,7 @@ class NodeClient:
         """Give a ticket back: its pins end, its WAITs are misses. Idempotent."""
         if ticket.release():
             for op in tuple(ticket.ops):
-                self._lookups.pop(op, None)
+                self._questions.forget(op)
                 self._teller.unpin(op)
 
     def commit(self, slab_id: SlabId, places: Sequence[Place]) -> None:
@@ -423,64 +414,14 @@ class NodeClient:
     def _lost(self) -> None:
         self._connection = None
         self._teller.lost()
-        for page in list(self._lookups.values()):
-            page.ticket.lose()
-        self._lookups.clear()
+        self._questions.lose()
 
     # ---- whoever receives
 
     def _heard(self, connection: Connection, message: LocalAnswer) -> None:
         """`reading` of the connection is held. Raises RemoteProtocolError."""
         self._patience.heard()
-        match message:
-            case LookupReply():
-                self._heard_lookup(message)
-            case LookupUpdate():
-                if (page := self._lookups.get(message.op)) is not None:  # else unpinned meanwhile
-                    page.update(message.indices, message.states, message.slots, message.causes)
-                    self._forget_if_done(message.op, page)
-            case ReserveReply():
-                self._heard_reserve(connection.session.slab_id, message)
-            case Ack():
-                self._teller.acknowledged(message.op)
-            case Refused():
-                self._heard_refused(message)
-            case _:
-                raise RemoteProtocolError(f"{type(message).__name__} was not asked for")
-
-    def _heard_lookup(self, reply: LookupReply) -> None:
-        page = self._lookups.get(reply.op)
-        if page is None or page.overdue:
-            self.counters["late_answers"] += 1
-        if page is None:
-            return  # unpinned meanwhile, and that is said in the outbox
-        page.answer(reply.states, reply.slots, reply.causes)
-        if reply.states.count(_MISS) == len(reply.states):
-            page.ticket.ops.remove(reply.op)  # nothing is pinned for it, and nothing will be
-        self._forget_if_done(reply.op, page)
-
-    def _forget_if_done(self, op: OpId, page: LookupPage) -> None:
-        if page.done:
-            self._lookups.pop(op, None)
-
-    def _heard_reserve(self, slab_id: SlabId, reply: ReserveReply) -> None:
-        page = self._reserves.get(reply.op)
-        if page is None:
-            self.counters["late_answers"] += 1  # reserve has undone it when it gave up
-            return
-        page.answer(reply.grants, reply.slots)
-        # Remembered before anybody can lose the connection and say hello without it.
-        self._teller.granted(slab_id, page.places.values())
-
-    def _heard_refused(self, refused: Refused) -> None:
-        self.counters["refused"] += 1
-        logger.debug("refused: %s", refused.reason)
-        if (page := self._lookups.pop(refused.op, None)) is not None:
-            page.give_up()
-        elif (reserve := self._reserves.get(refused.op)) is not None:
-            reserve.give_up()
-        else:
-            self._teller.acknowledged(refused.op)
+        self._questions.hear(connection.session.slab_id, message)
 
     # ---- for people and tests
 
@@ -488,7 +429,7 @@ class NodeClient:
         return {
             "state": self.state.value,
             "reason": self.reason,
-            "open_lookups": len(self._lookups),
+            **self._questions.snapshot(),
             **self._teller.snapshot(),
             "counters": dict(self.counters),
         }
@@ -496,7 +437,4 @@ class NodeClient:
     def check(self) -> None:
         """To be called on the engine's thread, between its questions."""
         self._teller.check()
-        assert not self._reserves
-        for op, page in list(self._lookups.items()):
-            assert op in page.ticket.ops
-            assert page.done == (page.waiting == 0 and page.answered)
+        self._questions.check()

@@ -328,16 +328,22 @@ def test_an_early_miss_is_believed_while_it_is_fresh(
     assert engine.ask("a") is (LookupResult.MISS if asks == 1 else LookupResult.RETRY)
 
 
-def test_an_engine_rests_for_an_early_answer_too(engine: Engine) -> None:
-    """Goal: what a fresh answer still waits for is waited for before the step."""
+@pytest.mark.parametrize(("waited_s", "looks"), [(0.0, 4), (FRESH_MISS_S * 1.1, 0)])
+def test_an_engine_rests_for_an_early_answer_while_its_miss_is_fresh(
+    engine: Engine, waited_s: float, looks: int
+) -> None:
+    """Goal: what a fresh answer still waits for is waited for before the step. One with an old miss
+    will be asked for again, so it is not.
+    """
     lookups = engine.lookups
     lookups.on_new_request(ReqContext(req_id="a"))
     lookups.begin("a", [Run(0, KEYS, is_prefix=True)], early=True)
     (ticket,) = engine.client.tickets
     ticket.states[1] = KeyState.MISS
     engine.client.due[3] = [ticket.miss]
+    engine.clock.now_s += waited_s
     lookups.rest(["a"], lambda: False)
-    assert engine.client.looks == 4
+    assert engine.client.looks == looks
 
 
 # -- why its prompt is computed -----------------------------------------------------------------
