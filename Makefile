@@ -18,7 +18,9 @@ TEST_PACKAGES := $(shell grep -v '^\#' requirements/test-packages.txt)
 CLUSTER_PACKAGES := $(shell grep -v '^\#' requirements/cluster-packages.txt)
 NGINX_PACKAGES := $(shell grep -v '^\#' requirements/nginx-packages.txt)
 
-# Upper bounds of one run, in seconds: .ci/run has 80 minutes for all of them.
+# Upper bounds of one run, in seconds: .ci/run has 60 minutes for those that it runs.
+QUICK_LIMIT_S := 600
+QUICK_SEEDS := 40
 TEST_LIMIT_S := 1800
 SLOW_LIMIT_S := 1800
 RAY_LLM_LIMIT_S := 1800
@@ -32,7 +34,7 @@ runs_ray_llm = $(findstring ray-llm,$(RUN))$(findstring serve,$(RUN))
 pytest = $(1)/bin/python -m tests.contained --limit-s $(2) -- $(1)/bin/python -m pytest
 
 .PHONY: help system system-test system-cluster system-nginx install install-ray-llm install-gpu \
-    demo demo-serve demo-nginx test test-slow test-all test-cluster test-gpu test-ray-llm \
+    demo demo-serve demo-nginx test test-quick test-rest test-slow test-all test-cluster test-gpu test-ray-llm \
     test-ray-llm-slow wheel test-wheel install-wheel from-wheel sim mutants faults bench pictures \
     lint format clean
 
@@ -41,7 +43,8 @@ help:
 	@echo 'make demo-serve    the same with two replicas of Ray Serve LLM, over HTTP'
 	@echo 'make demo-nginx    the same with two vllm serve behind nginx; ARGS=start stays until Ctrl-C'
 	@echo 'make test          unit, property, contract and integration tests, under half an hour'
-	@echo 'make test-all      make test, and what is slower'
+	@echo 'make test-quick    of it the unit tests, and some seeds of the simulator: two minutes'
+	@echo 'make test-all      make test, and what is slower: before an issue is resolved'
 	@echo 'make test-cluster  ray up and down with ray_cluster.yaml on three hosts made of namespaces'
 	@echo 'make wheel         dist/: what to install on other machines'
 	@echo 'make test-wheel    builds the wheel, and tries it in a clean environment'
@@ -134,6 +137,16 @@ demo-nginx: system-nginx install
 
 test: system-test install
 	$(call pytest,$(VENV),$(TEST_LIMIT_S)) -m 'not slow and not ray_llm' $(ARGS)
+
+# What needs no engine and no cluster. With test-rest it is make test, each test once.
+test-quick: system-nginx install
+	$(call pytest,$(VENV),$(QUICK_LIMIT_S)) tests/unit \
+	    -m 'not heavy and not slow and not ray_llm' $(ARGS)
+	$(VENV)/bin/python -m tests.sim --seeds $(QUICK_SEEDS)
+
+test-rest: system-test install
+	$(call pytest,$(VENV),$(QUICK_LIMIT_S)) tests/unit -m 'heavy and not slow and not ray_llm' $(ARGS)
+	$(call pytest,$(VENV),$(TEST_LIMIT_S)) --ignore=tests/unit -m 'not slow and not ray_llm' $(ARGS)
 
 test-slow: system-test system-cluster system-nginx install
 	$(call pytest,$(VENV),$(SLOW_LIMIT_S)) -m 'slow and not ray_llm' $(ARGS)
