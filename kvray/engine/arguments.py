@@ -12,13 +12,17 @@ CONNECTOR = {
 LOAD_FAILURE_POLICY = "recompute"  # a load that fails is a miss
 
 # Ways to be parallel that were not tested: each must be 1. Fields of vLLM's ParallelConfig, and
-# engine arguments of the same names.
+# engine arguments of the same names. Data parallelism is not among them: whether its ranks are
+# engines of their own is told by the model (see engine.support).
 UNTESTED_PARALLEL = (
-    "data_parallel_size",
     "pipeline_parallel_size",
     "decode_context_parallel_size",
     "prefill_context_parallel_size",
 )
+
+# Of vLLM's CacheDType, those whose blocks were seen to come back equal. All else is refused, names
+# of later releases included.
+SHOWN_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 
 
 def transfer_settings(kvray: dict[str, Any]) -> dict[str, Any]:
@@ -31,5 +35,5 @@ def transfer_settings(kvray: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_untested_cache(dtype: object) -> bool:
-    """Of the KV cache, as vLLM's kv_cache_dtype."""
-    return "fp8" in str(dtype)
+    """Of the KV cache, as vLLM's kv_cache_dtype; None is vLLM's default, "auto"."""
+    return dtype is not None and str(dtype) not in SHOWN_CACHE_DTYPES

@@ -157,6 +157,45 @@ def build_pieces(
     return Pieces(rows[0], rows[1], rows[2], slot_ends)
 
 
+def fits(
+    groups: Sequence[GroupPages],
+    *,
+    group_sizes: Sequence[int],
+    block_indices: Sequence[int],
+    slot_count: int,
+) -> bool:
+    """Whether these blocks touch as many chunks as there are slots."""
+    spans = zip(groups, group_sizes, block_indices, strict=True)
+    return slot_count == sum(
+        group.chunk_count(block_index, block_count) if block_count else 0
+        for group, block_count, block_index in spans
+    )
+
+
+def are_whole_chunks(
+    groups: Sequence[GroupPages],
+    *,
+    block_ids: npt.NDArray[Any],
+    group_sizes: Sequence[int],
+    block_indices: Sequence[int],
+    slot_count: int,
+) -> bool:
+    """Whether each of these slots is filled from its first byte to its last: what a store must be,
+    for its slots become READY as a whole. vLLM leaves out blocks that have left a window (id 0).
+    """
+    spans = zip(groups, group_sizes, block_indices, strict=True)
+    return (
+        bool(np.all(block_ids))
+        and all(
+            block_index % group.blocks_per_chunk == 0 and block_count % group.blocks_per_chunk == 0
+            for group, block_count, block_index in spans
+        )
+        and fits(
+            groups, group_sizes=group_sizes, block_indices=block_indices, slot_count=slot_count
+        )
+    )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Spans:
     """Blocks of one group that lie side by side, in all of its layers and in their slots. Arrays of

@@ -11,7 +11,7 @@ from kvray.engine.workplace import is_rocm
 from kvray.errors import NotAttachedError
 
 CHUNK_TOKENS = 128  # default chunk where device blocks are smaller: a slot of some MB, not of KB
-TESTED_SPECS = ("FullAttentionSpec", "SlidingWindowSpec")
+CHUNK_SETTINGS = ("block_size", "blocks_per_chunk")  # vLLM's, in kv_connector_extra_config
 
 
 def require_supported(vllm_config: Any, kv_cache_config: Any) -> None:
@@ -22,15 +22,25 @@ def require_supported(vllm_config: Any, kv_cache_config: Any) -> None:
         for name in UNTESTED_PARALLEL
         if getattr(parallel, name, 1) > 1
     ]
+    # vLLM makes each rank of a dense model an engine of its own, with a size of 1.
+    if parallel.data_parallel_size > 1:
+        found.append(
+            "data parallelism of a mixture of experts, whose ranks step together "
+            f"(data_parallel_size={parallel.data_parallel_size})"
+        )
     if vllm_config.speculative_config is not None:
         found.append("speculative decoding")
     if is_untested_cache(cache.cache_dtype):
-        found.append(f"an fp8 KV cache (kv_cache_dtype={cache.cache_dtype})")
+        found.append(f"kv_cache_dtype={cache.cache_dtype}")
     require_copies(getattr(vllm_config, "device_config", None))
     for group in kv_cache_config.kv_cache_groups:
-        kind = type(group.kv_cache_spec).__name__
-        if kind not in TESTED_SPECS:
-            found.append(f"cache groups of kind {kind}")
+        spec = group.kv_cache_spec
+        if type(spec) not in versions.shown_specs():
+            found.append(f"cache groups of kind {type(spec).__name__}")
+        elif spec.kv_quant_mode:
+            found.append(f"a cache quantised by {spec.kv_quant_mode.name}")
+        elif getattr(spec, "non_causal", False):
+            found.append("non-causal attention layers")
     if found:
         raise NotAttachedError(
             f"kvray was not tested with {', '.join(sorted(set(found)))}, so it refuses to cache "
@@ -71,15 +81,25 @@ def prepare_settings(vllm_config: Any, kv_cache_config: Any) -> None:
     extra = transfer.kv_connector_extra_config
     # The next turn of a conversation contains the answer; vLLM stores prompts only by default.
     extra["offload_prompt_only"] = not config.store_answers
-    if "block_size" in extra or "blocks_per_chunk" in extra:
+    specs = [
+        kv_cache_config.kv_cache_groups[group].kv_cache_spec
+        for group in versions.offloaded_group_ids(kv_cache_config)
+    ]
+    has_window = any(versions.has_window(spec) for spec in specs)
+    if chosen := [name for name in CHUNK_SETTINGS if name in extra]:
+        if has_window and extra.get("blocks_per_chunk") != 1:
+            raise NotAttachedError(
+                f"{' and '.join(f'{name}={extra[name]}' for name in chosen)} in "
+                "kv_connector_extra_config: this model has sliding-window attention, and a chunk "
+                "of several device blocks may have left its window in part. Leave that setting "
+                "out, or give blocks_per_chunk=1"
+            )
         return
-    groups = versions.offloaded_group_ids(kv_cache_config)
-    if len(groups) > 1:
-        extra["blocks_per_chunk"] = 1  # a chunk of several blocks may have holes in a window group
+    if has_window or len(specs) > 1:
+        extra["blocks_per_chunk"] = 1
     else:
-        block_tokens = kv_cache_config.kv_cache_groups[groups[0]].kv_cache_spec.block_size
         chunk_tokens = config.chunk_tokens or CHUNK_TOKENS
-        extra["blocks_per_chunk"] = max(1, chunk_tokens // block_tokens)
+        extra["blocks_per_chunk"] = max(1, chunk_tokens // specs[0].block_size)
 
 
 def name_spec(vllm_config: Any) -> None:

@@ -30,7 +30,7 @@ from kvray.engine.arrivals import Arrivals
 from kvray.engine.copier import Executor
 from kvray.engine.guard import guarded, nothing
 from kvray.engine.jobs import RankHandshake, SlotSpec
-from kvray.engine.pieces import GroupPages, build_pieces
+from kvray.engine.pieces import GroupPages, are_whole_chunks, build_pieces, fits
 from kvray.engine.workplace import Copies
 from kvray.node.client import WorkerClient
 from kvray.node.process import boot_id
@@ -108,11 +108,25 @@ class Transfers(OffloadingWorker):
         assert slab is not None, "a worker's client maps the slab"
         if not slab.contains(slots.offsets, slots.slot_bytes):
             return False
+        blocks = {"group_sizes": device.group_sizes, "block_indices": device.block_indices}
+        if is_load:
+            is_sound = fits(self._groups, **blocks, slot_count=len(slots))
+        else:
+            is_sound = are_whole_chunks(
+                self._groups, block_ids=device.block_ids, **blocks, slot_count=len(slots)
+            )
+        if not is_sound:
+            logger.warning(
+                "kvray: a %s of %d device blocks into %d slots does not fill its slots; it fails",
+                "load" if is_load else "store",
+                len(device.block_ids),
+                len(slots),
+            )
+            return False
         pieces = build_pieces(
             self._groups,
             block_ids=device.block_ids,
-            group_sizes=device.group_sizes,
-            block_indices=device.block_indices,
+            **blocks,
             slot_pointers=slots.offsets + np.uint64(slab.address),
             rank=self._rank,
         )

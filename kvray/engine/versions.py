@@ -110,6 +110,22 @@ def offloaded_group_ids(kv_cache_config: Any) -> tuple[int, ...]:
     return tuple(get_offloading_group_ids(kv_cache_config))
 
 
+def shown_specs() -> tuple[type, ...]:
+    """The kinds of cache groups whose blocks were seen to come back equal: these types, and none
+    that is derived from them.
+    """
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    return FullAttentionSpec, SlidingWindowSpec
+
+
+def has_window(spec: Any) -> bool:
+    """Whether blocks of such a cache group are given up while their request lives."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    return type(spec) is not FullAttentionSpec
+
+
 def caches_nothing(block_pool: Any) -> bool:
     """Whether a device block pool keeps no block for reuse."""
     cached = block_pool.cached_block_hash_to_block

@@ -1,26 +1,36 @@
 """What kvray was not tested with is refused by its name; what only looks like it is not."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import torch
+from vllm.config.cache import CacheDType
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    KVQuantMode,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
 from kvray.engine import support, versions
+from kvray.engine.arguments import SHOWN_CACHE_DTYPES
 from kvray.engine.hooks import changes_weights
 from kvray.engine.jobs import RankHandshake
 from kvray.errors import NotAttachedError
 
 pytestmark = pytest.mark.engine
 
-
-class FullAttentionSpec:
-    """Named like vLLM's: the kind of a cache group is told by its class."""
-
-    block_size = 16
-
-
-class MambaSpec:
-    block_size = 16
+SHAPE: dict[str, Any] = {
+    "block_size": 16,
+    "num_kv_heads": 2,
+    "head_size": 32,
+    "dtype": torch.bfloat16,
+}
+FULL = FullAttentionSpec(**SHAPE)
+WINDOW = SlidingWindowSpec(**SHAPE, sliding_window=256)
 
 
 def vllm_config(**changes: Any) -> SimpleNamespace:
@@ -40,21 +50,22 @@ def vllm_config(**changes: Any) -> SimpleNamespace:
     )
 
 
-def cache_config(spec: type = FullAttentionSpec) -> SimpleNamespace:
-    group = SimpleNamespace(kv_cache_spec=spec())
+def cache_config(*specs: KVCacheSpec) -> SimpleNamespace:
+    groups = [SimpleNamespace(kv_cache_spec=spec) for spec in specs or (FULL,)]
     return SimpleNamespace(
-        kv_cache_groups=[group], prefix_cacheable_group_ids=(0,), hisparse_host_num_blocks=None
+        kv_cache_groups=groups,
+        prefix_cacheable_group_ids=tuple(range(len(groups))),
+        hisparse_host_num_blocks=None,
     )
 
 
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"data_parallel_size": 2}, "data_parallel_size=2"),
+        ({"data_parallel_size": 2}, r"mixture of experts.*data_parallel_size=2"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2"),
         ({"decode_context_parallel_size": 2}, "decode_context_parallel_size=2"),
         ({"speculative_config": object()}, "speculative decoding"),
-        ({"cache_dtype": "fp8_e5m2"}, "fp8 KV cache"),
     ],
 )
 def test_an_engine_with_what_was_not_tested_is_refused_by_name(
@@ -64,9 +75,38 @@ def test_an_engine_with_what_was_not_tested_is_refused_by_name(
         support.require_supported(vllm_config(**changes), cache_config())
 
 
+@pytest.mark.parametrize("name", [*get_args(CacheDType), "of_a_later_release"])
+def test_a_cache_dtype_that_was_not_shown_equal_is_refused_by_name(name: str) -> None:
+    """By a list of what is taken: int8_per_token_head and nvfp4 have no "fp8" in their names."""
+    if name in SHOWN_CACHE_DTYPES:
+        support.require_supported(vllm_config(cache_dtype=name), cache_config())
+        return
+    with pytest.raises(NotAttachedError, match=f"kv_cache_dtype={name}"):
+        support.require_supported(vllm_config(cache_dtype=name), cache_config())
+
+
+def test_a_checkpoint_that_quantises_its_cache_is_refused_whatever_its_dtype_is_called() -> None:
+    quantised = FullAttentionSpec(**SHAPE, kv_quant_mode=KVQuantMode.INT8_PER_TOKEN_HEAD)
+    with pytest.raises(NotAttachedError, match="INT8_PER_TOKEN_HEAD"):
+        support.require_supported(vllm_config(), cache_config(quantised))
+
+
+def test_layers_that_look_ahead_are_refused() -> None:
+    """The KV of a token would depend on those behind it, which are not in its name."""
+    with pytest.raises(NotAttachedError, match="non-causal"):
+        support.require_supported(
+            vllm_config(), cache_config(FullAttentionSpec(**SHAPE, non_causal=True))
+        )
+
+
 def test_cache_groups_of_another_kind_are_refused_by_name() -> None:
-    with pytest.raises(NotAttachedError, match="MambaSpec"):
-        support.require_supported(vllm_config(), cache_config(MambaSpec))
+    local = ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=64)
+    with pytest.raises(NotAttachedError, match="ChunkedLocalAttentionSpec"):
+        support.require_supported(vllm_config(), cache_config(FULL, local))
+    derived = MLAAttentionSpec(**SHAPE)
+    assert isinstance(derived, FullAttentionSpec)
+    with pytest.raises(NotAttachedError, match="MLAAttentionSpec"):
+        support.require_supported(vllm_config(), cache_config(derived))
 
 
 @pytest.mark.parametrize("kind", ["tpu", "xpu"])
@@ -91,6 +131,12 @@ def test_an_unknown_release_of_vllm_is_refused_with_the_ones_that_are_known() ->
         versions.require_tested("0.33.1")
 
 
+def blocks_per_chunk(*specs: KVCacheSpec, **extra: Any) -> Any:
+    config = vllm_config(extra=extra)
+    support.prepare_settings(config, cache_config(*specs))
+    return config.kv_transfer_config.kv_connector_extra_config.get("blocks_per_chunk")
+
+
 def test_small_device_blocks_are_joined_to_chunks_of_a_useful_size() -> None:
     config = vllm_config()
     support.prepare_settings(config, cache_config())
@@ -100,10 +146,25 @@ def test_small_device_blocks_are_joined_to_chunks_of_a_useful_size() -> None:
     assert config.kv_transfer_config.kv_load_failure_policy == "recompute"
 
 
+def test_where_there_is_a_window_a_chunk_is_one_block() -> None:
+    """A window leaves blocks behind one by one: a chunk of several would have a hole."""
+    assert blocks_per_chunk(WINDOW) == 1
+    assert blocks_per_chunk(FULL, WINDOW) == 1
+    assert blocks_per_chunk(WINDOW, blocks_per_chunk=1) == 1
+
+
+@pytest.mark.parametrize("setting", [{"block_size": 64}, {"blocks_per_chunk": 4}])
+@pytest.mark.parametrize("specs", [[WINDOW], [FULL, WINDOW]], ids=["alone", "hybrid"])
+def test_chunks_of_several_blocks_are_refused_where_there_is_a_window(
+    setting: dict[str, int], specs: list[KVCacheSpec]
+) -> None:
+    with pytest.raises(NotAttachedError, match=f"{next(iter(setting))}=.*blocks_per_chunk=1"):
+        blocks_per_chunk(*specs, **setting)
+
+
 def test_what_an_operator_set_himself_is_left_alone() -> None:
-    config = vllm_config(extra={"block_size": 64})
-    support.prepare_settings(config, cache_config())
-    assert "blocks_per_chunk" not in config.kv_transfer_config.kv_connector_extra_config
+    assert blocks_per_chunk(block_size=64) is None
+    assert blocks_per_chunk(blocks_per_chunk=2) == 2
 
 
 def rank(number: int, part_bytes: int = 512, host: str = "a") -> RankHandshake:

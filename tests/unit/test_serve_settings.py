@@ -56,10 +56,10 @@ def test_an_unknown_setting_names_the_right_one() -> None:
     "refused",
     [
         {"pipeline_parallel_size": 2},
-        {"data_parallel_size": 2},
         {"decode_context_parallel_size": 2},
         {"speculative_config": {"method": "ngram"}},
         {"kv_cache_dtype": "fp8_e4m3"},
+        {"kv_cache_dtype": "int8_per_token_head"},
     ],
 )
 def test_an_engine_that_kvray_would_refuse_is_refused_at_once(refused: dict[str, Any]) -> None:
@@ -151,9 +151,12 @@ def test_enable_changes_an_llm_config_and_registers_the_backend() -> None:
 def test_an_application_from_yaml_gets_kvray_in_each_of_its_configs() -> None:
     """As `import_path: kvray.serve:build_openai_app` with args; refused before it is built."""
     fast = {"model_loading_config": {"model_id": "a"}}
-    odd = {"model_loading_config": {"model_id": "b"}, "engine_kwargs": {"data_parallel_size": 2}}
+    odd = {
+        "model_loading_config": {"model_id": "b"},
+        "engine_kwargs": {"pipeline_parallel_size": 2},
+    }
 
-    with pytest.raises(NotAttachedError, match="data_parallel_size=2"):
+    with pytest.raises(NotAttachedError, match="pipeline_parallel_size=2"):
         kvray.serve.build_openai_app({"llm_configs": [fast, odd]})
     with pytest.raises(ConfigError, match="did you mean 'model_tag'"):
         kvray.serve.build_openai_app({"llm_configs": [fast], "kvray": {"modeltag": "v2"}})

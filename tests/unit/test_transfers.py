@@ -118,6 +118,37 @@ def test_a_load_of_slots_that_were_given_away_is_named(worker: Worker) -> None:
     assert worker.transfers.take_failed_blocks() == set(LOADED)
 
 
+HOLES = {  # what vLLM's connector makes of chunks whose head has left the window
+    "a chunk without its head": ([13, *range(14, 18)], 1),
+    "as many blocks as one chunk, of two": ([14, 15, 16, 17], 2),
+    "a block id of nobody": ([0, *range(3, 10)], 0),
+}
+
+
+@pytest.mark.parametrize("hole", HOLES)
+def test_a_store_with_a_hole_fails_and_the_next_one_does_not(worker: Worker, hole: str) -> None:
+    """Its slots would become READY as a whole, with what their last owner has left in them."""
+    ids, first = HOLES[hole]
+    places = worker.reserve()
+    job = GPULoadStoreSpec(ids, group_sizes=(len(ids),), block_indices=(first,))
+    assert worker.transfers.submit_store(1, job, worker.slots(places))
+    assert worker.ended(1) == {1}
+    assert worker.transfers.faulted is None
+    assert worker.transfers.submit_store(2, blocks(STORED), worker.slots(places))
+    worker.transfers.wait({2})
+    assert worker.ended(2) == set()
+
+
+def test_a_load_of_more_chunks_than_slots_fails_and_the_next_one_does_not(worker: Worker) -> None:
+    places = worker.reserve()
+    worker.slab.commit(places)
+    job = GPULoadStoreSpec(list(range(20, 32)), group_sizes=(12,), block_indices=(0,))
+    assert worker.transfers.submit_load(1, worker.slots(places), job)
+    assert worker.ended(1) == {1}
+    assert worker.transfers.submit_load(2, worker.slots(places), blocks(LOADED))
+    assert worker.ended(2) == set()
+
+
 def test_a_job_for_a_slab_that_is_not_mapped_fails_at_once(worker: Worker) -> None:
     assert worker.transfers.submit_load(4, SlotSpec.void(), blocks(LOADED))
     assert worker.ended(4) == {4}
