@@ -19,7 +19,7 @@ class NodeState(StrEnum):
 
     STARTING ──▶ READY ◀──heartbeats, answers──▶ SUSPECT ──▶ LOST (Ray starts it again, if it can)
         │          └──drain──▶ DRAINED (has no NodeStore any more)
-        └──────▶ FAILED (can not start; tries again)
+        └──────▶ FAILED (can not start, or has no link; tries again)
 
     A NodeStore that does not answer is a SUSPECT before the directory has missed its heartbeats.
     """
@@ -154,7 +154,8 @@ def _judge(
     host: str | None, listed: Mapping[str, Any] | None, answer: Mapping[str, Any] | None
 ) -> NodeState:
     phase = answer["phase"] if answer is not None else None
-    if phase == "failed":
+    is_linkless = answer is not None and phase == "linking" and answer.get("problem")
+    if phase == "failed" or is_linkless:
         return NodeState.FAILED
     known = listed["state"] if listed is not None else "unknown"
     if known == "suspect" or (known == "alive" and answer is None):

@@ -240,12 +240,15 @@ class LinkLoop:
         return self._retired if self._link is None else [self._link, *self._retired]
 
     def _open(self, make_link: MakeLink) -> None:
+        link: Link | None = None
         try:
             link = make_link()
             link.register(self._slab_address, self._slab_bytes)
             metadata = link.metadata  # before the scratch rows, which are no business of peers
             link.register(self._scratch.address, self._scratch.length_bytes)
         except LinkError as exc:
+            if link is not None:
+                link.close()  # it will be tried again, and again
             self._on_event(LinkFailed(str(exc)))
             return
         if self._link is not None:

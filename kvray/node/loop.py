@@ -1,11 +1,14 @@
 """The life of a NodeStore, in a thread of its own.
 
     OPENING ──slab──▶ LINKING ──link──▶ SERVING ──stop──▶ STOPPED
-       ▲                 │  ▲──new epoch──┘
-       │                 └──────────┐
-       └──after RETRY_S── FAILED ◀──┴── the slab does not fit, is another's, no link can be opened
+       ▲ │               ▲──new epoch──┘
+       │ └─the slab does not fit, or is another's
+       │         ▼
+       └──RETRY_S── FAILED
 
-From LINKING on engines are served, from SERVING on peers too.
+From LINKING on engines are served, from SERVING on peers too. A link that can not be opened keeps a
+NodeStore in LINKING, which tries again (node.link_opening): slab and lock are given back at the end
+only, since a read that has not ended may still write into the slab.
 
 What can not be now may be possible later (memory that comes free, a predecessor that ends), and an
 actor that dies of it would only be started again by Ray, without end: so a NodeStore that can not
@@ -27,7 +30,7 @@ from typing import Any
 from ray.exceptions import RayError
 
 from kvray import __version__
-from kvray.actors import ending_on_bug, keep_what_is_loaded
+from kvray.actors import die, ending_on_bug, keep_what_is_loaded
 from kvray.config import Config, default_runtime_dir
 from kvray.core.eviction import policy_named
 from kvray.core.ids import BlockKey, Epoch, NodeId
@@ -148,7 +151,7 @@ class NodeLoop(threading.Thread):
     def status(self) -> dict[str, Any]:
         """Plain data; from the core, too, while it serves."""
         phase = self.phase
-        problem = None if phase is Phase.SERVING else self._problem
+        problem = self._problem_in(phase)
         known: dict[str, Any] = {
             "node_id": self._node_id,
             "pid": os.getpid(),
@@ -163,6 +166,12 @@ class NodeLoop(threading.Thread):
         if self._serving is not None:
             known |= self.ask(Serving.status)
         return known
+
+    def _problem_in(self, phase: Phase) -> KVRayError | None:
+        serving = self._serving
+        if phase is Phase.SERVING:
+            return None
+        return self._problem if serving is None else serving.link_problem
 
     def stop(self, deadline_s: float) -> list[str]:
         """Say bye, give everything back, and end. Returns the files that are left."""
@@ -269,9 +278,7 @@ class NodeLoop(threading.Thread):
         try:
             serving.run(self._stopping.is_set)
         finally:
-            self._serving = None
-            if serving.is_linked:
-                self._problem = None
+            self._serving = self._problem = None
             serving.close()
             control.say_bye(self._node_id, serving.epoch)
             control.close()
@@ -298,9 +305,12 @@ class NodeLoop(threading.Thread):
 
     def _give_back(self, slab: SlabOwner, *, unmap: bool) -> list[str]:
         """The files that are left, if this is the end. A read that has not ended may still write
-        into the mapping: then only the name goes, and the memory with this process.
+        into the mapping: then only the name goes, and the memory with this process. Its lock, too:
+        so if this is not the end, the process has to be.
         """
         paths, is_end = slab.paths, self._stopping.is_set()
+        if not unmap and not is_end:
+            die("a read has not ended, and this NodeStore gives its slab back by starting anew")
         if unmap:
             slab.close(unlink=is_end)
         elif is_end:

@@ -53,6 +53,7 @@ from kvray.core.store import StoreCore
 from kvray.errors import LinkError, RemoteProtocolError
 from kvray.node.control import Control, DirectoryAnswered, DirectoryFailed
 from kvray.node.inbox import Event, Inbox, Question
+from kvray.node.link_opening import LinkOpening
 from kvray.node.measuring import LinkMeter, Measured
 from kvray.node.peers import (
     ConnectFailed,
@@ -76,7 +77,6 @@ logger = logging.getLogger("kvray.node")
 # awake while a request's reads go on, one batch after another.
 WAKE_PERIOD_MS = 80
 RECENT_EVENTS = 512  # for `kvray trace`: names and times, for a screen or ten
-LINK_DEADLINE_MS = 30_000  # making the first agent takes 0.4 to 1.4 s, and seconds on a busy host
 
 _EFFECTS = (WriteHeader, WriteExtent, MarkGeneration)
 _DirectoryReply = NodeHelloReply | AnnounceReply | LocateReply
@@ -93,7 +93,7 @@ class _Watched:
 
 class Serving:
     """Made when the slab is open. run() returns when stopping is said; close() ends it. Engines are
-    served before there is a link, since loading NIXL takes a second or two.
+    served while there is no link: loading NIXL takes a second or two, and a new one may fail.
 
     open_link: asks the link thread for a new agent, named after an epoch. born_ms: when the epoch
     of info was taken, which is what the directory judges it by. spans: where reads are traced.
@@ -121,7 +121,7 @@ class Serving:
         self._control = control
         self._server = server
         self._inbox = inbox
-        self._open_link = open_link
+        self._opening = LinkOpening(open_link)
         self._selector = selectors.DefaultSelector()
         self._selector.register(inbox, selectors.EVENT_READ, inbox)
         server.register(self._selector)
@@ -132,8 +132,6 @@ class Serving:
         self._peers: dict[NodeId, Epoch] = {}  # that there are to read from, connected or not
         self._connecting: dict[NodeId, Epoch] = {}
         self._connected: dict[NodeId, Epoch] = {}
-        self._new_epoch: Epoch | None = None  # taken, while the link for it is being made
-        self._link_due_ms: int | None = None  # when that has to be done
         self._recent: deque[tuple[int, str]] = deque(maxlen=RECENT_EVENTS)
         self._meter = LinkMeter(self._measure_read)
         self._take_overs = 0
@@ -170,10 +168,13 @@ class Serving:
         """Whether peers can be read from, and can read."""
         return self._core.is_linked
 
+    @property
+    def link_problem(self) -> LinkError | None:
+        """Why there is no link yet, if the last attempt to open one has failed."""
+        return self._opening.problem
+
     def run(self, is_stopping: Callable[[], bool]) -> None:
-        """The loop. is_stopping is asked whenever the inbox has been rung. Raises LinkError if no
-        link can be opened.
-        """
+        """The loop. is_stopping is asked whenever the inbox has been rung."""
         self._do(self._core.start(clock_ms()))
         timeout_s = self._settle()
         while not is_stopping():
@@ -200,12 +201,11 @@ class Serving:
         return None if due_ms is None else max(0, due_ms - now_ms) / 1_000
 
     def _due_ms(self) -> int | None:
-        deadlines = (self._core.next_deadline_ms(), self._calls.next_ms(), self._link_due_ms)
+        deadlines = (self._core.next_deadline_ms(), self._calls.next_ms(), self._opening.next_ms())
         return min((at_ms for at_ms in deadlines if at_ms is not None), default=None)
 
     def _do_due(self, now_ms: int) -> None:
-        if self._link_due_ms is not None and now_ms >= self._link_due_ms:
-            raise LinkError(f"no link could be opened within {LINK_DEADLINE_MS // 1_000} s")
+        self._opening.on_tick(now_ms)
         for call_id in self._calls.take_due(now_ms):
             self._do(self._core.on_directory_failed(call_id, now_ms))
         due_ms = self._core.next_deadline_ms()
@@ -275,7 +275,7 @@ class Serving:
             case LinkFailed(reason, fatal):
                 if fatal:
                     die(f"the link has failed, and this NodeStore starts anew: {reason}")
-                raise LinkError(reason)
+                self._opening.on_failed(reason, now_ms)
             case Question(answer_it, answer):
                 answer.set_result(answer_it())  # what it raises is a bug, and ends this process
 
@@ -307,14 +307,12 @@ class Serving:
         self._do(self._core.on_directory_reply(call_id, reply, now_ms))
 
     def _on_link_opened(self, opened: LinkOpened) -> None:
-        assert self._new_epoch is not None
         info = msgspec.structs.replace(
             self._core.info,
-            epoch=self._new_epoch,
+            epoch=self._opening.on_opened(),
             link_name=opened.name,
             link_metadata=opened.metadata,
         )
-        self._new_epoch = self._link_due_ms = None
         self._do(self._core.on_linked(info, clock_ms()))
 
     # ---- what NodeCore wants done
@@ -398,10 +396,7 @@ class Serving:
         self._link.submit(abandon)
 
     def _take_epoch(self, new: TakeEpoch) -> None:
-        assert self._new_epoch is None
-        self._new_epoch = self._slab.take_epoch(new.epoch)
-        self._link_due_ms = clock_ms() + LINK_DEADLINE_MS
-        self._open_link(self._new_epoch)
+        self._opening.begin(self._slab.take_epoch(new.epoch), clock_ms())
 
     def _took_over(self, took: TookOver) -> None:
         self._taking_over.pop(took.call_id).set_result(list(took.keys))

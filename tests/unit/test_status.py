@@ -27,6 +27,7 @@ def status_of(
         (HOST, "alive", SERVING, NodeState.READY),
         (HOST, "suspect", SERVING, NodeState.SUSPECT),
         (HOST, "alive", {"phase": "failed", "problem": {"text": "no room"}}, NodeState.FAILED),
+        (HOST, None, {"phase": "linking", "problem": {"text": "no agent"}}, NodeState.FAILED),
         (None, None, None, NodeState.LOST),
         (None, "buried", None, NodeState.LOST),
     ],
