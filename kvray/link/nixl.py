@@ -16,7 +16,8 @@ of the hardware; what is assumed of it is marked "RDMA:".
   whose segments have all ended like that, and many of them (AT_ONCE_SEGMENTS), gets a read as one
   transfer; one segment that has not, or a failure, and it is one transfer a segment again. Should
   such a transfer fail after its post all the same, nobody knows what is still written, and the
-  read never ends: its slots stay in quarantine for as long as the process lives.
+  read never ends: it is lost, and its slots stay in quarantine for as long as the process lives.
+  Its peer gets a new connection, as after any failure: nothing is asked of its handles any more.
 - So transfers are made by the bindings themselves, not by nixl_agent: its wrapper costs one more
   microsecond for each, and its handles release themselves when they are collected.
 - A handle is released when it has ended, never before: releasing cancels, and what is cancelled
@@ -149,6 +150,7 @@ class NixlLink:
         self.name = name
         self._peers: dict[str, _Peer] = {}
         self._reads: dict[ReadId, _Read] = {}
+        self._lost: dict[ReadId, _Read] = {}  # in flight for ever, and their peers' no more
         self._registered: list[Any] = []
         self._hints_seen = 0
         with _named(f"no NIXL agent {name}"):
@@ -166,7 +168,7 @@ class NixlLink:
 
     @property
     def in_flight(self) -> int:
-        return len(self._reads)
+        return len(self._reads) + len(self._lost)
 
     @property
     def hints_seen(self) -> int:
@@ -199,6 +201,7 @@ class NixlLink:
 
     def post_read(self, read_id: ReadId, peer_name: str, segments: Segments) -> None:
         assert read_id not in self._reads
+        assert read_id not in self._lost
         peer = self._peers.get(peer_name)
         if peer is None or peer.leaving:
             raise LinkError(f"{peer_name} is not connected")
@@ -228,6 +231,7 @@ class NixlLink:
         for read in list(self._reads.values()):
             self._advance(read)
             if read.is_lost:
+                self._lose(read)
                 continue
             if read.handles:
                 self._hint(read, now_ns)
@@ -243,12 +247,12 @@ class NixlLink:
             read.abandoned = True
 
     def close(self) -> None:
-        if self._reads:
-            _unended.append((self._agent, self._reads))
+        if self.in_flight:
+            _unended.append((self._agent, self._reads, self._lost))
             logger.warning(
                 "%s closed with %d reads that have not ended; they end with this process",
                 self.name,
-                len(self._reads),
+                self.in_flight,
             )
         else:
             for peer in list(self._peers.values()):
@@ -258,7 +262,7 @@ class NixlLink:
                     self._agent.deregister_memory(region)
         self._registered = []
         self._peers = {}
-        self._reads = {}
+        self._reads, self._lost = {}, {}
         self._agent = self._transfers = None
 
     # -- reads -------------------------------------------------------------------------------
@@ -331,14 +335,17 @@ class NixlLink:
         read.settled_ns = time.monotonic_ns() + SETTLE_NS
         read.settle_polls = SETTLE_POLLS
 
+    def _lose(self, read: _Read) -> None:
+        """Its handles are kept, and never asked again: so its peer may go, or be connected anew."""
+        logger.error("a read from %s will never end: %s", read.peer.name, read.failure)
+        self._lost[read.read_id] = self._reads.pop(read.read_id)
+        self._leave(read.peer)
+
     def _end(self, read: _Read) -> ReadEnd:
         del self._reads[read.read_id]
         for handle in read.failed_handles:
             self._release(handle)
-        peer = read.peer
-        peer.in_flight -= 1
-        if peer.leaving and not peer.in_flight:
-            self._remove(peer)
+        self._leave(read.peer)
         if read.failure:
             return ReadEnd(read.read_id, ReadOutcome.FAILED, read.failure)
         return ReadEnd(read.read_id, ReadOutcome.DONE)
@@ -371,6 +378,12 @@ class NixlLink:
             if found_name not in self._peers:
                 self._drop(found_name)
             raise LinkError(f"the metadata of {peer.name} are those of {found_name}")
+
+    def _leave(self, peer: _Peer) -> None:
+        """One read fewer depends on it."""
+        peer.in_flight -= 1
+        if peer.leaving and not peer.in_flight:
+            self._remove(peer)
 
     def _remove(self, peer: _Peer) -> None:
         assert not peer.in_flight
