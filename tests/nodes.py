@@ -20,9 +20,11 @@ from kvray.core.directory import DirectoryCore
 from kvray.core.effects import MarkGeneration, WriteExtent, WriteHeader
 from kvray.core.fetch import FetchLimits
 from kvray.core.ids import (
+    UNKNOWN_MAKER,
     BlockKey,
     ClientId,
     Generation,
+    Maker,
     Namespace,
     NodeId,
     OpId,
@@ -40,10 +42,12 @@ from kvray.core.messages import (
     Announce,
     AnnounceReply,
     Bye,
+    ChunkShape,
     Commit,
     Grant,
     Hello,
     HelloReply,
+    Introduce,
     KeyState,
     LocalAnswer,
     LocalRequest,
@@ -54,6 +58,7 @@ from kvray.core.messages import (
     LookupUpdate,
     NodeHello,
     NodeHelloReply,
+    NoiseLevels,
     Refused,
     Report,
     Reserve,
@@ -254,8 +259,12 @@ class Engine:
         pid: int | None = None,
         model: str = "a model",
         namespace: bytes = b"n" * 16,
+        maker: int = UNKNOWN_MAKER,
+        noise: NoiseLevels | None = None,
     ) -> None:
         self.node = node
+        self.maker, self.noise = Maker(maker), noise or NoiseLevels()
+        self.chunks = [ChunkShape(BLOCK_BYTES, BLOCK_BYTES // 4, "float32")]
         self.model, self.namespace = model, Namespace(namespace)
         cluster = node.cluster
         cluster.next_pid += 1
@@ -297,6 +306,10 @@ class Engine:
             slab_id or self.node.slab.slab_id,
             pack_slots((slot, generation, 0) for slot, generation, _ in writing),
             self.model,
+            {},
+            self.maker,
+            self.chunks,
+            self.noise,
         )
         answers = self.node.hear(self.session_id, hello)
         if not answers:
@@ -366,6 +379,15 @@ class Engine:
         granted = [k for k in keys if k in self.reserved]
         self.write(*granted)
         self.commit(*granted)
+
+    def introduce(self, *, namespace: bytes | None = None, maker: int | None = None) -> None:
+        """With what has changed."""
+        self.namespace = self.namespace if namespace is None else Namespace(namespace)
+        self.maker = self.maker if maker is None else Maker(maker)
+        (answer,) = self.say(
+            Introduce(self._op(), self.namespace, {}, self.maker, self.chunks, self.noise)
+        )
+        assert isinstance(answer, Ack)
 
     def report(self, **counters: int) -> None:
         self.say(Report(self._op(), counters))

@@ -21,14 +21,15 @@ from typing import Any, Protocol
 
 from kvray.core.commands import WriteClient
 from kvray.core.deadlines import Deadlines
-from kvray.core.ids import ClientId, Namespace, OpId, Role, SlotIndex
+from kvray.core.ids import UNKNOWN_MAKER, ClientId, Maker, Namespace, OpId, Role, SlotIndex
 from kvray.core.layout import MAX_CLIENTS
-from kvray.core.messages import EngineUse, Hello
+from kvray.core.messages import ChunkShape, EngineUse, Hello, Introduce, NoiseLevels
 
 # A session that breaks comes back within seconds (client.py retries after 1 to 5 s). An engine
 # that does not is hung or detached badly: its pins must not keep blocks for as long as it lives.
 SESSION_GRACE_MS = 30_000
 NO_NAMESPACE = Namespace(b"")
+NO_NOISE = NoiseLevels()
 MAX_COUNTER_NAMES = 128  # kept of an engine's reports; it has 60, half of them for durations
 
 
@@ -68,6 +69,9 @@ class Client:
     label: str = ""
     model: str = ""
     fields: dict[str, str] = field(default_factory=dict)  # of its namespace, for people
+    maker: Maker = UNKNOWN_MAKER
+    chunks: list[ChunkShape] = field(default_factory=list)
+    noise: NoiseLevels = NO_NOISE
     writing: dict[SlotIndex, OpId] = field(default_factory=dict)  # reserved, by which Reserve
     counters: dict[str, int] = field(default_factory=dict)
 
@@ -157,12 +161,17 @@ class Clients:
         if replaced is not None:
             del self._by_session[replaced]
         client.session_id = session_id
-        client.namespace, client.label = hello.namespace, hello.label
-        client.model, client.fields = hello.model, hello.fields
+        client.label, client.model = hello.label, hello.model
+        self.introduce(client, hello)
         client.state = ClientState.OPEN
         self._by_session[session_id] = client
         self._silent.discard(client.client_id)
         return Admission(client, write, replaced)
+
+    def introduce(self, client: Client, said: Hello | Introduce) -> None:
+        """What it says of itself, in place of what it said before."""
+        client.namespace, client.fields = said.namespace, said.fields
+        client.maker, client.chunks, client.noise = said.maker, said.chunks, said.noise
 
     def close(self, session_id: int, now_ms: int) -> Client | None:
         """A session has ended; its client, if it was its session until now."""
@@ -225,6 +234,7 @@ class Clients:
                 "model": client.model,
                 "fields": dict(client.fields),
                 "namespace": client.namespace.hex(),
+                "maker": f"{client.maker:016x}",
                 "row": client.row,
                 "writing": len(client.writing),
                 "counters": dict(client.counters),

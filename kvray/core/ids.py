@@ -19,12 +19,22 @@ ExtentIndex = NewType("ExtentIndex", int)
 Generation = NewType("Generation", int)
 BlockKey = NewType("BlockKey", bytes)  # KEY_BYTES bytes, see core.keys
 Namespace = NewType("Namespace", bytes)  # NAMESPACE_BYTES bytes, see core.keys
+Maker = NewType("Maker", int)  # who computed a block, in 64 bits: see `maker_class`
 OpId = NewType("OpId", int)  # one operation of one client; unique within the client's nonce
 ReadId = NewType("ReadId", int)  # one transfer; unique within a NodeStore's life
 
 KEY_BYTES = 16
 NAMESPACE_BYTES = 16
 SLAB_ID_BYTES = 16
+UNKNOWN_MAKER = Maker(0)  # of an engine that has not computed its canary, and of no block of it
+
+
+def maker_class(maker: Maker) -> int:
+    """What computes as this maker does: build, hardware, backend, layout, threads, as a digest of
+    32 bits. The other 32 are a digest of the bytes that it computed for its canary. So two engines
+    of one class that computed the same, bit for bit, are one maker, and need no comparison.
+    """
+    return maker >> 32
 
 
 class ClientId(msgspec.Struct, frozen=True, array_like=True):

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from typing import TypeAlias
 
-from kvray.core.ids import KEY_BYTES, NAMESPACE_BYTES, BlockKey, Namespace
+from kvray.core.ids import KEY_BYTES, NAMESPACE_BYTES, BlockKey, Maker, Namespace
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
+CANARY_CHUNKS = 2  # of each cache group: the second confirms what the first has shown
 MAX_SALT_BYTES = 48  # with the 16 bytes of a namespace it fills BLAKE2b's key of 64
 
 
@@ -50,6 +51,16 @@ def block_keys(
         digest.update(offload_key)
         keys.append(BlockKey(digest.digest()))
     return keys
+
+
+def canary_keys(
+    namespace: Namespace, maker: Maker, group: int, chunk_count: int = CANARY_CHUNKS
+) -> list[BlockKey]:
+    """Of the chunks of the canary that this maker has computed, in one cache group. Who knows the
+    maker knows the keys: so nodes find each other's canaries as they find any block.
+    """
+    chunks = [group.to_bytes(4, "big") + n.to_bytes(4, "big") for n in range(chunk_count)]
+    return block_keys(namespace, chunks, b"canary" + maker.to_bytes(8, "big"))
 
 
 def difference(fields_a: Mapping[str, Json], fields_b: Mapping[str, Json]) -> list[str]:

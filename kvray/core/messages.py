@@ -11,6 +11,7 @@ objects cost more than the call itself. The packed forms:
 Engine and NodeStore (unix SEQPACKET socket; payload never crosses it):
 
     Hello ─▶ HelloReply (with the slab's file descriptor) | Refused
+    Introduce ─▶ Ack
     Lookup ─▶ LookupReply ... LookupUpdate*       Unpin ─▶ Ack     (Unpin also ends the waiting)
     Reserve ─▶ ReserveReply                       Commit, Abandon ─▶ Ack
     Report ─▶ Ack                                 Bye ─▶ Ack
@@ -25,7 +26,18 @@ from enum import IntEnum
 import msgspec
 import numpy as np
 
-from kvray.core.ids import ClientId, Epoch, Namespace, NodeId, OpId, Role, SlabId, Term
+from kvray.core.ids import (
+    UNKNOWN_MAKER,
+    ClientId,
+    Epoch,
+    Maker,
+    Namespace,
+    NodeId,
+    OpId,
+    Role,
+    SlabId,
+    Term,
+)
 from kvray.core.reasons import MissReason
 
 MAX_KEYS_PER_MESSAGE = 1_024  # 20 bytes a key back: well below the 200 KiB of a SEQPACKET message
@@ -51,6 +63,8 @@ MAX_ENGINE_USES = 96  # of a node: layout.MAX_CLIENTS
 MAX_SPLIT_MODELS = 64  # said in a reply; a cluster with more has one thing to mend first
 MAX_FIELDS = 64  # of a namespace; there are two dozen
 MAX_FIELD_BYTES = 256  # of one field's text; what is longer is said by its digest
+MAX_CHUNK_SHAPES = 64  # cache groups of an engine; hybrid models have a handful
+MAX_NOISE = 1.0  # relative: what differs by as much as it is large is no noise
 MAX_COMPUTE_US = 60_000_000  # of one block: a minute, as no engine is
 MAX_DEADLINE_MS = 600_000  # ten minutes: nothing waits for ever, and a second is usual
 MAX_PERIOD_MS = 60_000  # between heartbeats; a larger one can only be a mistake
@@ -94,7 +108,29 @@ class Grant(IntEnum):
     FULL = 2  # no slot to be had now: this store is dropped
 
 
-class Hello(msgspec.Struct, frozen=True, tag="hello"):
+class ChunkShape(msgspec.Struct, frozen=True, array_like=True):
+    """How the blocks of one cache group are compared: slot_bytes / piece_bytes pieces, one for each
+    layer and rank in an order that is always the same, the first layer's first; of numbers of this
+    dtype, by its name in numpy or torch. Numbers of a dtype that is not known must be equal.
+    """
+
+    slot_bytes: int
+    piece_bytes: int
+    dtype: str
+
+
+class NoiseLevels(msgspec.Struct, frozen=True, array_like=True):
+    """By how much, relatively, an engine differs from itself when it computes its canary again:
+    by itself as the first time, and beside other requests.
+    """
+
+    alone: float = 0.0
+    batched: float = 0.0
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello", omit_defaults=True):
+    """namespace to noise: as in Introduce, the latest one said again."""
+
     op: OpId
     client: ClientId
     role: Role
@@ -106,6 +142,9 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     # For people: what the engine serves, and what its namespace is the digest of.
     model: str = ""
     fields: dict[str, str] = {}
+    maker: Maker = UNKNOWN_MAKER
+    chunks: list[ChunkShape] = []
+    noise: NoiseLevels = NoiseLevels()
 
 
 class HelloReply(msgspec.Struct, frozen=True, tag="hello_reply"):
@@ -123,6 +162,22 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     op: OpId
     reason: str
     fatal: bool = False
+
+
+class Introduce(msgspec.Struct, frozen=True, tag="introduce"):
+    """Who the engine is from now on, in place of what its hello said: said when its namespace is
+    known, when it has computed its canary, and after each change of its weights. What it reserves
+    afterwards is this maker's.
+
+    chunks: one for each cache group, in their order. fields: for people. May be repeated.
+    """
+
+    op: OpId
+    namespace: Namespace
+    fields: dict[str, str] = {}
+    maker: Maker = UNKNOWN_MAKER
+    chunks: list[ChunkShape] = []
+    noise: NoiseLevels = NoiseLevels()
 
 
 class Lookup(msgspec.Struct, frozen=True, tag="lookup"):
@@ -345,7 +400,7 @@ class LocateReply(msgspec.Struct, frozen=True, tag="locate_reply"):
     gone: bytes = b""
 
 
-LocalRequest = Hello | Lookup | Unpin | Reserve | Commit | Abandon | Report | Bye
+LocalRequest = Hello | Introduce | Lookup | Unpin | Reserve | Commit | Abandon | Report | Bye
 LocalAnswer = HelloReply | Refused | LookupReply | LookupUpdate | ReserveReply | Ack
 ControlMessage = NodeHello | NodeHelloReply | Announce | AnnounceReply | Locate | LocateReply
 Message = LocalRequest | LocalAnswer | ControlMessage

@@ -41,6 +41,7 @@ from kvray.core.messages import (
     Commit,
     Hello,
     HelloReply,
+    Introduce,
     LocalAnswer,
     LocalRequest,
     LocateReply,
@@ -219,6 +220,9 @@ class NodeCore:
             case Abandon():
                 keys = self._storing.abandon(client, message)
                 self._lookups.on_given_up(keys, now_ms)
+            case Introduce():
+                self._clients.introduce(client, message)
+                self._note_engines()
             case Report():
                 self._clients.report(client, message.counters)
             case Bye():

@@ -27,6 +27,8 @@ class MissReason(StrEnum):
     OVERLOADED = "overloaded"  # a limit: blocks in flight, unended reads, pins, waiting lookups
     OTHER_SIZE = "other_size"  # listed with other bytes than wanted
     WRITER_FAILED = "writer_failed"  # the local engine that was writing it gave up
+    UNPROVEN = "unproven"  # the asking engine has not computed its canary yet
+    UNTRUSTED = "untrusted"  # found, by a maker that was not seen to compute what this engine does
     LOCAL_ONLY = "local_only"  # the lookup did not want a fetch
     BEHIND = "behind"  # behind the first miss of its prefix run: nobody looked for it
 

@@ -20,6 +20,7 @@ from kvray.core.messages import (
     ENTRY_DTYPE,
     LOCATION_DTYPE,
     MAX_CHANGES_PER_ANNOUNCE,
+    MAX_CHUNK_SHAPES,
     MAX_COMPUTE_US,
     MAX_COUNTERS,
     MAX_DEADLINE_MS,
@@ -32,6 +33,7 @@ from kvray.core.messages import (
     MAX_LINK_METADATA_BYTES,
     MAX_LOCATE_KEYS,
     MAX_NAME_BYTES,
+    MAX_NOISE,
     MAX_PERIOD_MS,
     MAX_READ_KEYS,
     MAX_ROSTER_NODES,
@@ -49,6 +51,7 @@ from kvray.core.messages import (
     Grant,
     Hello,
     HelloReply,
+    Introduce,
     KeyState,
     Locate,
     LocateReply,
@@ -160,16 +163,35 @@ def _check_hello(m: Hello) -> None:
     _number("start_ticks", m.client.start_ticks, MAX_U64)
     _number("nonce", m.client.nonce, MAX_U64)
     _number("engine_nonce", m.engine_nonce, MAX_U64)
-    _exactly("namespace", m.namespace, 0, NAMESPACE_BYTES)
     _text("label", m.label, MAX_TEXT_BYTES)
     _exactly("slab_id", m.slab_id, 0, SLAB_ID_BYTES)
     _text("model", m.model, MAX_TEXT_BYTES)
+    _introduction(m)
+    count = _rows("writing", m.writing, SLOT_DTYPE.itemsize, MAX_WRITING_LISTED)
+    _require(bool(m.slab_id) or not count, "writing names slots of no slab")
+
+
+def _check_introduce(m: Introduce) -> None:
+    _number("op", m.op, MAX_U64)
+    _introduction(m)
+
+
+def _introduction(m: Hello | Introduce) -> None:
+    _exactly("namespace", m.namespace, 0, NAMESPACE_BYTES)
     _number("the count of fields", len(m.fields), MAX_FIELDS)
     for name, value in m.fields.items():
         _text("a field's name", name, MAX_NAME_BYTES)
         _text(f"field {name}", value, MAX_FIELD_BYTES)
-    count = _rows("writing", m.writing, SLOT_DTYPE.itemsize, MAX_WRITING_LISTED)
-    _require(bool(m.slab_id) or not count, "writing names slots of no slab")
+    _number("maker", m.maker, MAX_U64)
+    _number("the count of chunks", len(m.chunks), MAX_CHUNK_SHAPES)
+    for shape in m.chunks:
+        _number("a chunk's slot_bytes", shape.slot_bytes, MAX_EXTENT_BYTES, least=1)
+        _number("a chunk's piece_bytes", shape.piece_bytes, shape.slot_bytes, least=1)
+        whole = shape.slot_bytes % shape.piece_bytes == 0
+        _require(whole, "a chunk of slot_bytes that are no whole pieces of piece_bytes")
+        _text("a chunk's dtype", shape.dtype, MAX_NAME_BYTES)
+    for name, level in (("alone", m.noise.alone), ("batched", m.noise.batched)):
+        _require(0.0 <= level <= MAX_NOISE, f"noise {name} is {level}; at most {MAX_NOISE}")
 
 
 def _check_hello_reply(m: HelloReply) -> None:
@@ -369,6 +391,7 @@ def _check_locate_reply(m: LocateReply) -> None:
 _CHECKS: Final[dict[type, Callable[[Any], None]]] = {
     Hello: _check_hello,
     HelloReply: _check_hello_reply,
+    Introduce: _check_introduce,
     Refused: _check_refused,
     Lookup: _check_lookup,
     LookupReply: _check_lookup_reply,

@@ -24,8 +24,10 @@ from typing import Any
 
 from kvray.core.codec import encode, pack_keys, pack_slots
 from kvray.core.ids import (
+    UNKNOWN_MAKER,
     BlockKey,
     ClientId,
+    Maker,
     Namespace,
     OpId,
     Role,
@@ -33,11 +35,15 @@ from kvray.core.ids import (
 )
 from kvray.core.messages import (
     MAX_COMPUTE_US,
+    MAX_NOISE,
     MAX_WRITING_LISTED,
+    ChunkShape,
     Hello,
+    Introduce,
     KeyState,
     LocalAnswer,
     Lookup,
+    NoiseLevels,
     Reserve,
 )
 from kvray.node import process, wire
@@ -80,7 +86,7 @@ class NodeClient:
     others may be called from any.
 
     engine_nonce tells several engines in one process apart. namespace, label, model and fields (of
-    the namespace) are for people; namespace may be set later and is said with the next hello.
+    the namespace) are for people, until `introduce` says more.
     on_session is called on the connector's thread for each new session and must not wait for
     anything.
     """
@@ -102,7 +108,6 @@ class NodeClient:
         retry_first_s: float = RETRY_FIRST_S,
         retry_last_s: float = RETRY_LAST_S,
     ) -> None:
-        self.namespace = namespace
         self.counters: Counter[str] = Counter()
         start_ticks = process.start_ticks(os.getpid())
         self._client_id = (
@@ -111,10 +116,11 @@ class NodeClient:
         self._role = role
         self._label = label[:MAX_LABEL_CHARS]
         self._model = model[:MAX_LABEL_CHARS]
-        self._fields = dict(fields or {})
         self._on_session = on_session
         self._patience = Patience(budget_s)
         self._ops = itertools.count(1)
+        # What this engine has said of itself last, and what each hello says again.
+        self._said = Introduce(OpId(0), namespace, dict(fields or {}))
         self._connection: Connection | None = None
         self._closed = False
         self._teller = Teller(self._ops, self.counters, outbox_limit=outbox_limit)
@@ -160,6 +166,35 @@ class NodeClient:
         """Why there is no session; empty if there is one. For people."""
         return self._connector.reason
 
+    @property
+    def is_introduced(self) -> bool:
+        """Whether the NodeStore knows this engine for what `introduce` has said last. Until it does
+        nothing is looked up and nothing reserved: what is stored is stored under a maker's name.
+        """
+        return not self._teller.is_introducing
+
+    def introduce(
+        self,
+        namespace: Namespace,
+        *,
+        fields: Mapping[str, str],
+        maker: Maker = UNKNOWN_MAKER,
+        chunks: Sequence[ChunkShape] = (),
+        noise: NoiseLevels | None = None,
+    ) -> None:
+        """Say who this engine is from now on, instead of what was said before; see
+        messages.Introduce. For any thread; does not wait, see is_introduced.
+
+        Noise beyond MAX_NOISE, and what is no number, is said as MAX_NOISE.
+        """
+        noise = noise or NoiseLevels()
+        bounded = [n if 0.0 <= n <= MAX_NOISE else MAX_NOISE for n in (noise.alone, noise.batched)]
+        op = OpId(next(self._ops))
+        self._said = Introduce(
+            op, namespace, dict(fields), maker, list(chunks), NoiseLevels(*bounded)
+        )
+        self._teller.introduce(self._said)
+
     # ---- the engine's step
 
     def begin_step(self) -> None:
@@ -177,14 +212,15 @@ class NodeClient:
         fetch: bool = True,
         key_compute_us: int = 0,
     ) -> Ticket | None:
-        """Ask for all keys of one request (see messages.Lookup). None: not asked, all misses.
+        """Ask for all keys of one request (see messages.Lookup). None: not asked, all misses;
+        among other reasons, because an introduction has not been heard yet.
 
         A ticket that was not answered within the budget stays good: its answer is put into it when
         it comes. A prefix that breaks in one page is not asked on in the next.
         """
         assert sum(run_lengths) == len(keys)
         connection = self._connection
-        if connection is None:
+        if connection is None or self._teller.is_introducing:
             return None
         session = connection.session
         ticket = Ticket(keys, session.slab_id)
@@ -241,7 +277,7 @@ class NodeClient:
         """
         assert sum(run_lengths) == len(keys)
         connection = self._connection
-        if connection is None or not keys:
+        if connection is None or not keys or self._teller.is_introducing:
             return None
         slab_id, geometry = connection.session.slab_id, connection.session.geometry
         runs = make_runs(run_lengths, [False] * len(run_lengths), run_slot_bytes)
@@ -390,17 +426,21 @@ class NodeClient:
         rows = [] if last is None else self._teller.still_written(last.slab_id)
         if len(rows) > MAX_WRITING_LISTED:
             return f"{len(rows)} slots are being written, more than a hello can list"
+        said = self._said
         return Hello(
             op=OpId(next(self._ops)),
             client=self._client_id,
             role=self._role,
             engine_nonce=self._client_id.nonce,
-            namespace=self.namespace,
+            namespace=said.namespace,
             label=self._label,
             slab_id=SlabId(b"") if last is None else last.slab_id,
             writing=pack_slots(rows),
             model=self._model,
-            fields=self._fields,
+            fields=said.fields,
+            maker=said.maker,
+            chunks=said.chunks,
+            noise=said.noise,
         )
 
     def _opened(self, connection: Connection) -> None:

@@ -1,4 +1,5 @@
-"""What an engine tells its NodeStore without waiting: commits, abandons, unpins, reports.
+"""What an engine tells its NodeStore without waiting: commits, abandons, unpins, reports, and who
+it is.
 
     put ──▶ unsent ──take, sent by the outbox's thread──▶ unacknowledged ──Ack──▶ gone
                ▲                                               │
@@ -14,9 +15,9 @@ import time
 from collections import deque
 
 from kvray.core.ids import OpId
-from kvray.core.messages import Abandon, Bye, Commit, Report, Unpin
+from kvray.core.messages import Abandon, Bye, Commit, Introduce, Report, Unpin
 
-OutboxMessage = Abandon | Bye | Commit | Report | Unpin
+OutboxMessage = Abandon | Bye | Commit | Introduce | Report | Unpin
 
 OUTBOX_LIMIT = 4_096  # messages: some 20 s of a busy engine (100 requests/s, 2 messages each)
 
@@ -25,7 +26,7 @@ class Outbox:
     """put, acknowledge and rewind never block."""
 
     def __init__(self, limit: int = OUTBOX_LIMIT) -> None:
-        assert limit > 0
+        assert limit > 1, "an introduction is never dropped for what comes after it"
         self.dropped_count = 0
         self._limit = limit
         self._changed = threading.Condition()
@@ -35,13 +36,20 @@ class Outbox:
         self._closed = False
 
     def put(self, message: OutboxMessage) -> OutboxMessage | None:
-        """Returns the oldest message if it had to be dropped for this one."""
+        """Returns the oldest message if it had to be dropped for this one. An introduction takes
+        the place of the one before, and is never dropped: until it is heard nothing is asked.
+        """
         dropped = None
         with self._changed:
             if self._closed:
                 return message
+            if isinstance(message, Introduce):
+                for op in self._introductions():
+                    del self._unacknowledged[op]
             if len(self._unacknowledged) >= self._limit:
-                dropped = self._unacknowledged.pop(next(iter(self._unacknowledged)))
+                kept = self._introductions()
+                oldest = next(op for op in self._unacknowledged if op not in kept)
+                dropped = self._unacknowledged.pop(oldest)
                 self.dropped_count += 1
                 if self._unsent and self._unsent[0] == dropped.op:
                     self._unsent.popleft()
@@ -115,8 +123,14 @@ class Outbox:
         with self._changed:
             return list(self._unacknowledged.values())
 
+    def _introductions(self) -> list[OpId]:
+        """One at most, mostly none."""
+        messages = self._unacknowledged.items()
+        return [op for op, message in messages if isinstance(message, Introduce)]
+
     def check(self) -> None:
         with self._changed:
             assert len(self._unacknowledged) <= self._limit
             assert all(op == message.op for op, message in self._unacknowledged.items())
             assert len(set(self._unsent)) == len(self._unsent)
+            assert len(self._introductions()) <= 1

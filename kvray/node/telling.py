@@ -21,6 +21,7 @@ from kvray.core.messages import (
     Abandon,
     Bye,
     Commit,
+    Introduce,
     Report,
     Unpin,
 )
@@ -42,6 +43,7 @@ class Teller:
         self._outbox = Outbox(outbox_limit)
         # Single operations on a set are atomic under the GIL, and a copy of it is one.
         self._writing: set[tuple[SlabId, int, int]] = set()  # slab, slot, generation
+        self._introduced_op: OpId | None = None  # of the last introduction, until it is heard
         self._connection: Connection | None = None
         self._thread = threading.Thread(target=self._run, name="kvray-outbox", daemon=True)
 
@@ -73,6 +75,16 @@ class Teller:
     def unpin(self, lookup_op: OpId) -> None:
         self._put(Unpin(self._next_op(), lookup_op=lookup_op))
 
+    @property
+    def is_introducing(self) -> bool:
+        """Whether the NodeStore may still take this engine for what it was before."""
+        return self._introduced_op is not None
+
+    def introduce(self, introduction: Introduce) -> None:
+        """It has an op of its own already."""
+        self._introduced_op = introduction.op
+        self._put(introduction)
+
     def report(self, counters: Mapping[str, int]) -> None:
         self._put(Report(self._next_op(), dict(counters)))
 
@@ -91,6 +103,8 @@ class Teller:
         message = self._outbox.acknowledge(op)
         if isinstance(message, Commit):
             self._forget(message.slab_id, unpack_slots(message.slots))
+        elif op == self._introduced_op:
+            self._introduced_op = None
 
     def still_written(self, slab_id: SlabId) -> list[SlotRow]:
         """What a Hello has to list: slots of this slab that a rank may be writing; then, as far as

@@ -32,6 +32,7 @@ from kvray.core.messages import (
     MAX_COMPUTE_US,
     MAX_DEADLINE_MS,
     MAX_EPOCH,
+    MAX_NOISE,
     MAX_PERIOD_MS,
     Abandon,
     Ack,
@@ -39,11 +40,13 @@ from kvray.core.messages import (
     AnnounceReply,
     AnnounceStatus,
     Bye,
+    ChunkShape,
     Commit,
     EngineUse,
     Grant,
     Hello,
     HelloReply,
+    Introduce,
     KeyState,
     Locate,
     LocateReply,
@@ -54,6 +57,7 @@ from kvray.core.messages import (
     NodeHello,
     NodeHelloReply,
     NodeInfo,
+    NoiseLevels,
     Refused,
     Report,
     Reserve,
@@ -193,6 +197,21 @@ def locate_replies(draw: Any) -> LocateReply:
     )
 
 
+said = {
+    "namespace": namespaces,
+    "fields": st.dictionaries(names, names, max_size=3),
+    "maker": u64,
+    "chunks": st.lists(
+        st.builds(
+            lambda piece_bytes, count, dtype: ChunkShape(piece_bytes * count, piece_bytes, dtype),
+            st.integers(1, 2**20),
+            st.integers(1, 64),
+            names,
+        ),
+        max_size=3,
+    ),
+    "noise": st.builds(NoiseLevels, st.floats(0, MAX_NOISE), st.floats(0, MAX_NOISE)),
+}
 rosters = st.lists(infos(), max_size=3)
 periods = st.integers(1, MAX_PERIOD_MS)
 clients = st.builds(ClientId, pid=st.integers(1, 2**32 - 1), start_ticks=u64, nonce=u64)
@@ -203,13 +222,13 @@ messages: st.SearchStrategy[Message] = st.one_of(
         client=clients,
         role=st.sampled_from(Role),
         engine_nonce=u64,
-        namespace=slab_id,
         label=names,
         slab_id=slab_id,
         writing=slots,
         model=names,
-        fields=st.dictionaries(names, names, max_size=3),
+        **said,
     ),
+    st.builds(Introduce, op=u64, **said),
     st.builds(
         lambda op, node_id, epoch, slab, cut: HelloReply(op, node_id, epoch, slab, *cut),
         u64,

@@ -11,8 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvray.core.ids import Namespace
-from kvray.core.keys import MAX_SALT_BYTES, block_key, block_keys, difference, namespace_digest
+from kvray.core.ids import Maker, Namespace
+from kvray.core.keys import (
+    CANARY_CHUNKS,
+    MAX_SALT_BYTES,
+    block_key,
+    block_keys,
+    canary_keys,
+    difference,
+    namespace_digest,
+)
 
 FIELDS: dict[str, Any] = {
     "model": "SmolLM2-135M",
@@ -43,6 +51,15 @@ def test_a_block_key_is_a_keyed_blake2b_and_the_fast_path_says_the_same() -> Non
     assert block_key(NAMESPACE, HASHES[1], b"adapter") == plain_hash
     assert block_keys(NAMESPACE, HASHES, b"s") == [block_key(NAMESPACE, h, b"s") for h in HASHES]
     assert block_keys(NAMESPACE, []) == []
+
+
+def test_the_keys_of_a_canary_are_those_of_one_maker_group_and_chunk() -> None:
+    """Salts of requests are digests, of another length."""
+    namespaces = [Namespace(bytes([n]) * 16) for n in range(2)]
+    cases = [(space, Maker(m), g) for space in namespaces for m in (1, 2**63) for g in range(2)]
+    keys = [key for case in cases for key in canary_keys(*case)]
+    assert len(set(keys)) == len(keys) == len(cases) * CANARY_CHUNKS
+    assert canary_keys(namespaces[0], Maker(1), 0, 1) == canary_keys(namespaces[0], Maker(1), 0)[:1]
 
 
 def test_namespace_hash_and_salt_each_change_the_key() -> None:

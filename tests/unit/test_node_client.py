@@ -17,21 +17,35 @@ from typing import Any
 import pytest
 
 from kvray.core.codec import unpack_slots
-from kvray.core.ids import KEY_BYTES, BlockKey, Epoch, Namespace, NodeId, OpId, Role, SlabId
+from kvray.core.ids import (
+    KEY_BYTES,
+    BlockKey,
+    Epoch,
+    Maker,
+    Namespace,
+    NodeId,
+    OpId,
+    Role,
+    SlabId,
+)
 from kvray.core.messages import (
     MAX_KEYS_PER_MESSAGE,
+    MAX_NOISE,
     MAX_WRITING_LISTED,
     Abandon,
     Ack,
     Bye,
+    ChunkShape,
     Commit,
     Grant,
     Hello,
     HelloReply,
+    Introduce,
     KeyState,
     Lookup,
     LookupReply,
     LookupUpdate,
+    NoiseLevels,
     Refused,
     Report,
     Reserve,
@@ -249,6 +263,59 @@ def test_a_slab_that_does_not_come_with_the_reply_is_no_session(
     engine = make_engine()
     engine.client.start()
     until(lambda: "descriptor did not come" in engine.client.reason)
+
+
+# -- introductions -------------------------------------------------------------------------------
+
+
+def test_an_engine_introduces_itself_and_each_later_hello_says_the_same(
+    node: ScriptedNode, engine: Engine
+) -> None:
+    node.wait(Hello)
+    assert engine.client.is_introduced, "its hello has said all there was to say"
+    shapes, noise = [ChunkShape(PAGE, PAGE // 4, "bfloat16")], NoiseLevels(0.0, 0.01)
+    engine.client.introduce(
+        Namespace(b"o" * 16), fields={"a": "b"}, maker=Maker(7), chunks=shapes, noise=noise
+    )
+    said = node.wait(Introduce)
+    assert (said.namespace, said.fields, said.maker) == (b"o" * 16, {"a": "b"}, 7)
+    assert (said.chunks, said.noise) == (shapes, noise)
+    until(lambda: engine.client.is_introduced)
+    node.hang_up()
+    hello = node.wait(Hello)
+    assert (hello.namespace, hello.fields, hello.maker) == (b"o" * 16, {"a": "b"}, 7)
+    assert (hello.chunks, hello.noise) == (shapes, noise)
+    engine.until(ClientState.CONNECTED)
+
+
+def test_nothing_is_looked_up_or_reserved_until_the_node_knows_who_asks(
+    node: ScriptedNode, engine: Engine
+) -> None:
+    """Or blocks of new weights would be stored under the maker of the old ones."""
+    node.script[Introduce] = lambda introduce: None
+    engine.client.introduce(NAMESPACE, fields={}, maker=Maker(7))
+    node.wait(Introduce)
+    assert not engine.client.is_introduced
+    assert engine.lookup(1) is None
+    assert engine.reserve(1) is None
+    engine.client.introduce(NAMESPACE, fields={}, maker=Maker(8))
+    second = node.wait(Introduce)
+    node.say(Ack(OpId(second.op - 1)))
+    node.hang_up()
+    node.script.pop(Introduce)
+    said = node.wait(Introduce)
+    assert said == second, "the first one has been overtaken, and is not said again"
+    until(lambda: engine.client.is_introduced)
+    assert engine.lookup(1) is not None
+    assert not [lookup for lookup in node.all(Lookup) if lookup.op < second.op]
+
+
+def test_noise_that_is_no_number_is_said_as_the_most_there_can_be(
+    node: ScriptedNode, engine: Engine
+) -> None:
+    noise = NoiseLevels(float("nan"), 3.0)
+    engine.client.introduce(NAMESPACE, fields={}, noise=noise)
+    assert node.wait(Introduce).noise == NoiseLevels(MAX_NOISE, MAX_NOISE)
 
 
 # -- lookup --------------------------------------------------------------------------------------

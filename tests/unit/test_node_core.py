@@ -450,6 +450,18 @@ def test_reports_of_an_engine_add_up() -> None:
     assert node.core.snapshot()["engine_totals"] == {"hit_tokens": 7, "misses": 1}
 
 
+def test_an_engine_may_say_anew_who_it_is() -> None:
+    node = alone()
+    engine = Engine(node, maker=0)
+    engine.introduce(namespace=b"o" * 16, maker=7)
+
+    (client,) = node.core.snapshot()["clients"]
+    assert (client["namespace"], client["maker"]) == ((b"o" * 16).hex(), f"{7:016x}")
+    engine.hello()
+    (client,) = node.core.snapshot()["clients"]
+    assert client["maker"] == f"{7:016x}", "said again with each hello"
+
+
 # -- restart ------------------------------------------------------------------------------------
 
 
