@@ -77,9 +77,9 @@ class Executor(Protocol):
     def wait_any(self, timeout_s: float) -> bool:
         """Waits for a job to end that finished() has not told yet; whether there is one."""
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """Returns when everything that was submitted has ended; what has not arrived yet and later
-        jobs end as not ok.
+        jobs end as not ok. False: CLOSE_LIMIT_S have passed, and bytes may still move.
         """
 
 
@@ -201,7 +201,7 @@ class CpuExecutor:
             self._changed.wait_for(lambda: self._ended or not self._under_way, timeout_s)
             return bool(self._ended)
 
-    def close(self) -> None:
+    def close(self) -> bool:
         with self._changed:
             self._closing = True
             for arriving in list(self._arriving):
@@ -210,8 +210,10 @@ class CpuExecutor:
         deadline_s = time.monotonic() + CLOSE_LIMIT_S
         for thread in self._threads:
             thread.join(max(0.0, deadline_s - time.monotonic()))
-        if any(thread.is_alive() for thread in self._threads):
+        has_ended = not any(thread.is_alive() for thread in self._threads)
+        if not has_ended:
             logger.warning("copies were still under way %.0f s after close", CLOSE_LIMIT_S)
+        return has_ended
 
     def _work(self) -> None:
         while (part := self._next_part()) is not None:

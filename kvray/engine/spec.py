@@ -18,20 +18,13 @@ from kvray.config import EngineConfig, find_sockets
 from kvray.engine import metrics
 from kvray.engine.discovery import socket_finder
 from kvray.engine.lookups import Lookups
+from kvray.engine.page_tables import PageTables
 from kvray.engine.pieces import group_pages
 from kvray.engine.transfers import Transfers
 from kvray.engine.workplace import open_copies
 from kvray.node.client import Session, WorkerClient
 
-FIRST_SESSION_S = 2.0  # a hello takes ms, filling the page tables of 1 GiB about 0.1 s
-
-
-def fill_page_tables(session: Session) -> None:
-    """Else the first copies take a page fault per 4 KiB: 30 ms for 100 MB. Runs on the client's
-    own thread, before the session is used.
-    """
-    if session.slab is not None:
-        session.slab.populate()
+FIRST_SESSION_S = 2.0  # a hello takes ms
 
 
 def engine_nonce(engine_id: str) -> int:
@@ -64,9 +57,11 @@ class KVRaySpec(OffloadingSpec):
         config = EngineConfig.parse(self.extra_config.get("kvray", {}))
         rank = self.config.parallel.rank
         copies = open_copies(kv_caches.tensors[0].tensor.device)
+        page_tables = PageTables()
 
         def prepare(session: Session) -> None:
-            fill_page_tables(session)
+            if session.slab is not None:
+                page_tables.fill(session.slab)
             copies.meet(session)
 
         client = WorkerClient(

@@ -153,15 +153,17 @@ class StreamExecutor:
             self._changed.wait_for(lambda: self._ended or not self._jobs, timeout_s)
             return bool(self._ended)
 
-    def close(self) -> None:
+    def close(self) -> bool:
         with self._changed:
             self._closing = True
             for job_id in self._order.arriving():
                 self._order.cut(job_id)
             self._changed.notify_all()
         self._thread.join(CLOSE_LIMIT_S)
-        if self._thread.is_alive():
+        has_ended = not self._thread.is_alive()
+        if not has_ended:
             logger.warning("copies were still under way %.0f s after close", CLOSE_LIMIT_S)
+        return has_ended
 
     # -- on the copier thread --------------------------------------------------------------------
 

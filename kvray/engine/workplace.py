@@ -30,15 +30,18 @@ class Copies:
         if self.device is not None and session.slab is not None:
             self.device.pins.begin(session.slab)
 
-    def close(self) -> None:
-        """Returns when all copies have ended and nothing is locked any more."""
-        self.executor.close()
+    def close(self) -> bool:
+        """Returns when all copies have ended and nothing is locked any more. False: not all have,
+        or nobody can tell.
+        """
+        has_ended = self.executor.close()
         if self.device is None:
-            return
-        if self.device.is_closed:
-            self.device.let_go()
-        else:  # the end of the process unlocks it
+            return has_ended
+        if not self.device.is_closed:  # the end of the process unlocks it
             logger.warning("the slab stays locked: copies of it have not ended")
+            return False
+        self.device.let_go()
+        return has_ended
 
 
 def open_copies(device: Any) -> Copies:

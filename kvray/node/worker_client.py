@@ -41,7 +41,7 @@ class WorkerClient:
         retry_last_s: float = RETRY_LAST_S,
     ) -> None:
         """on_session: called on the client's thread for each new session, before it is there for
-        others; the place to fill page tables (MappedSlab.populate).
+        others, so it must not take long: no job can use the slab until it returns.
         """
         self._client_id: ClientId | None = process.own_client_id()
         self._engine_nonce = engine_nonce
@@ -100,15 +100,18 @@ class WorkerClient:
             self._changed.wait_for(lambda: self._session is not None or self._closed, deadline_s)
         return self._session
 
-    def close(self, deadline_s: float = CLOSE_DEADLINE_S) -> None:
+    def close(self, deadline_s: float = CLOSE_DEADLINE_S, *, says_bye: bool = True) -> None:
         """Say bye if somebody hears it, and end the thread. The mapping lives on with whoever
         still holds the session. Idempotent.
+
+        says_bye: whether this process writes into no slot any more. Without it the connection
+        ends, and the NodeStore waits for the end of the process.
         """
         if self._closed:
             return
         self._closed = True
         connection = self._connection
-        if connection is not None:
+        if connection is not None and says_bye:
             with connection.sending:
                 if not connection.has_ended():
                     with contextlib.suppress(OSError):  # its end says the same

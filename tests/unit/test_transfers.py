@@ -4,6 +4,7 @@ and no engine. The GPU is the host's: see tests/gpu/host_cuda.c.
 """
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +14,9 @@ import pytest
 import torch
 from vllm.v1.kv_offload.base import GPULoadStoreSpec
 
+from kvray.core.direction import Direction
 from kvray.core.effects import Place
+from kvray.core.messages import Bye
 from kvray.engine.jobs import SlotSpec
 from kvray.engine.pieces import group_pages
 from kvray.engine.transfers import Transfers
@@ -33,8 +36,11 @@ STORED, LOADED = range(2, 10), range(20, 28)  # two chunks
 class Worker:
     """Transfers with its caches, its client and the slab of its node."""
 
-    def __init__(self, slab: NodeSlab, client: WorkerClient, copies: Copies) -> None:
+    def __init__(
+        self, slab: NodeSlab, node: ScriptedNode, client: WorkerClient, copies: Copies
+    ) -> None:
         self.slab = slab
+        self.node = node
         self.cache = Caches(SHAPE, "bf16", BLOCKS, "cpu")
         self.groups = group_pages(self.cache.canonical(), blocks_per_chunk=4)
         self.copies = copies
@@ -83,7 +89,7 @@ def worker(request: pytest.FixtureRequest) -> Iterator[Worker]:
             node.slab_fd, node.slab_id = os.dup(slab.owner.fd), slab.owner.slab_id
             client = WorkerClient(find_socket=lambda: str(path), engine_nonce=1, label="rank 0")
             client.start()
-            yield Worker(slab, client, Copies(executor, device))
+            yield Worker(slab, node, client, Copies(executor, device))
             client.close()
     slab.close()
 
@@ -158,3 +164,26 @@ def test_ranks_of_one_shape_shake_hands_alike(worker: Worker) -> None:
     page_bytes = SHAPE.page_elements * 2
     assert worker.transfers.handshake().part_bytes == (page_bytes * SHAPE.layers * 4,)
     assert np.prod(worker.cache.layer(0).shape) == page_bytes // 2 * BLOCKS
+
+
+def test_a_worker_that_has_copied_everything_says_bye(worker: Worker) -> None:
+    worker.transfers.shutdown()
+    worker.node.wait(Bye)
+
+
+def test_a_worker_whose_copies_do_not_end_says_no_bye(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A NodeStore that hears one frees what is still being written into (rule 3)."""
+    monkeypatch.setattr("kvray.engine.copier.CLOSE_LIMIT_S", 0.05)
+    monkeypatch.setattr("kvray.engine.streams.CLOSE_LIMIT_S", 0.05)
+    goes_on, nothing = threading.Event(), np.empty(0, np.uint64)
+    executor = worker.copies.executor
+    executor.submit(9, *(nothing,) * 3, direction=Direction.STORE, verify=goes_on.wait)
+    try:
+        worker.transfers.shutdown()
+        worker.node.wait_closed()
+        assert not worker.node.all(Bye)
+    finally:
+        goes_on.set()
+        executor.wait({9})
