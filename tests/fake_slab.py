@@ -31,7 +31,7 @@ _LEGAL = {
     (SlotState.QUARANTINE, SlotState.ABSENT),
     (SlotState.QUARANTINE, SlotState.WRITING),
 }
-_FIELDS = ("generation", "key", "offset", "bytes", "origin", "writer", "extent_generation")
+_FIELDS = ("generation", "key", "offset", "bytes", "origin", "writer", "extent_generation", "maker")
 
 
 def key_of(number: int) -> BlockKey:

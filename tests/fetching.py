@@ -32,11 +32,13 @@ from kvray.core.commands import (
 from kvray.core.effects import Place
 from kvray.core.fetch import FetchCore, FetchLimits, Source
 from kvray.core.ids import (
+    UNKNOWN_MAKER,
     BlockKey,
     ClientId,
     Epoch,
     ExtentIndex,
     Generation,
+    Maker,
     NodeId,
     OpId,
     Origin,
@@ -110,8 +112,9 @@ class FetchWorld:
     blocks: dict[tuple[NodeId, SlotIndex], tuple[BlockKey, Generation, int]] = field(
         default_factory=dict
     )
+    makers: dict[tuple[NodeId, SlotIndex], Maker] = field(default_factory=dict)  # as blocks
     locates: dict[int, tuple[BlockKey, ...]] = field(default_factory=dict)
-    reservations: dict[int, tuple[tuple[BlockKey, int], ...]] = field(default_factory=dict)
+    reservations: dict[int, tuple[tuple[BlockKey, int, Maker], ...]] = field(default_factory=dict)
     reads: dict[ReadId, Read] = field(default_factory=dict)
     targets: dict[Place, Target] = field(default_factory=dict)
     waiting: dict[Waiter, set[BlockKey]] = field(default_factory=dict)
@@ -138,7 +141,15 @@ class FetchWorld:
         self.known |= {(info.node_id, info.epoch): info for info in infos}
         self.do(self.core.on_roster(self.peers, now_ms=self.now_ms))
 
-    def fill(self, name: str, slot: int, block: BlockKey, *, generation: int = 1) -> Source:
+    def fill(
+        self,
+        name: str,
+        slot: int,
+        block: BlockKey,
+        *,
+        generation: int = 1,
+        maker: Maker = UNKNOWN_MAKER,
+    ) -> Source:
         """Put a block into a peer's slab; what the directory would say of it."""
         node_id = NodeId(name)
         self.blocks[node_id, SlotIndex(slot)] = (block, Generation(generation), BLOCK_BYTES)
@@ -146,7 +157,8 @@ class FetchWorld:
             if read.post.node_id == node_id and slot in read.slots:
                 read.torn.add(SlotIndex(slot))
         epoch = self.peers[node_id].epoch
-        return Source(node_id, epoch, SlotIndex(slot), Generation(generation), BLOCK_BYTES)
+        self.makers[node_id, SlotIndex(slot)] = maker
+        return Source(node_id, epoch, SlotIndex(slot), Generation(generation), BLOCK_BYTES, maker)
 
     def write_into(self, block: BlockKey) -> None:
         """An engine of this node has committed the block itself."""
@@ -192,7 +204,7 @@ class FetchWorld:
 
     def reserve(self, batch_id: int) -> None:
         wants = self.reservations.pop(batch_id)
-        grants = [self._grant(k, block_bytes) for k, block_bytes in wants]
+        grants = [self._grant(*want) for want in wants]
         self.do(self.core.on_reserved(batch_id, grants))
 
     def end_read(
@@ -250,8 +262,11 @@ class FetchWorld:
             case AskDirectory(locate_id, keys):
                 assert len(set(keys)) == len(keys) <= self.limits.max_locate_keys
                 self.locates[locate_id] = keys
-            case ReserveTargets(batch_id, wants):
-                self.reservations[batch_id] = wants
+            case ReserveTargets(batch_id, wants, makers):
+                self.reservations[batch_id] = tuple(
+                    (block, block_bytes, maker)
+                    for (block, block_bytes), maker in zip(wants, makers, strict=True)
+                )
                 if not self.holds_reservations:
                     self.reserve(batch_id)
             case PostRead():
@@ -345,7 +360,7 @@ class FetchWorld:
             ]
             assert len(of_peer) <= self.limits.max_reads_per_peer
 
-    def _grant(self, block: BlockKey, block_bytes: int) -> Place | Grant:
+    def _grant(self, block: BlockKey, block_bytes: int, maker: Maker) -> Place | Grant:
         if block in self.present:
             return Grant.PRESENT
         if not self.free_slots:
@@ -359,6 +374,7 @@ class FetchWorld:
             block_bytes,
             block,
             Origin.COPY,
+            maker,
         )
         self.targets[place] = Target.WRITING
         return place
@@ -376,6 +392,7 @@ class FetchWorld:
             row["generation"] = generation
             row["offset"] = geometry.slot_offset(slot, block_bytes)
             row["bytes"] = block_bytes
+            row["maker"] = self.makers.get((info.node_id, slot), UNKNOWN_MAKER)
             row["state"] = SlotState.READY
             for name, value in self.lies.items():
                 row[name] = np.void(value) if isinstance(value, bytes) else value

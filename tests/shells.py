@@ -92,6 +92,7 @@ class Slab:
             row["origin"] = effect.origin
             row["writer"] = effect.writer
             row["extent_generation"] = effect.extent_generation
+            row["maker"] = effect.maker
         elif isinstance(effect, WriteExtent):
             self.extents[effect.extent]["extent_generation"] = effect.extent_generation
             self.extents[effect.extent]["slot_bytes"] = effect.slot_bytes

@@ -107,7 +107,7 @@ class Drain:
             asked = keys[start : start + MAX_LOCATE_KEYS]
             data = self._directory("locate", encode(Locate(*self._asker, pack_keys(asked))))
             reply = decode(data, max_bytes=MAX_CALL_BYTES, expect=LocateReply)
-            for index, node, _, size, _ in unpack_locations(reply.locations):
+            for index, node, _, size, _, _ in unpack_locations(reply.locations):
                 key, name = asked[index], reply.nodes[node]
                 if name in known and size == self._sizes[key]:
                     found.setdefault(key, name)

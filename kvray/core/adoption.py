@@ -18,6 +18,7 @@ from kvray.core.ids import (
     BlockKey,
     ExtentIndex,
     Generation,
+    Maker,
     Origin,
     SlotIndex,
     SlotState,
@@ -143,6 +144,7 @@ def _rows_of(slots: npt.NDArray[Any], rows: Table) -> list[Kept]:
         rows["origin"].tolist(),
         rows["state"].tolist(),
         rows["writer"].tolist(),
+        rows["maker"].tolist(),
         range(0, len(keys), KEY_BYTES),
         strict=True,
     )
@@ -155,9 +157,10 @@ def _rows_of(slots: npt.NDArray[Any], rows: Table) -> list[Kept]:
                 payload_bytes,
                 BlockKey(keys[at : at + KEY_BYTES]),
                 origins[origin],
+                Maker(maker),
             ),
             states[state],
             writer,
         )
-        for slot, generation, offset, payload_bytes, origin, state, writer, at in columns
+        for slot, generation, offset, payload_bytes, origin, state, writer, maker, at in columns
     ]

@@ -403,4 +403,4 @@ class Announcing:
 
 
 def _entry(place: Place) -> EntryRow:
-    return place.key, place.slot, place.bytes, place.generation, place.origin
+    return place.key, place.slot, place.bytes, place.generation, place.origin, place.maker

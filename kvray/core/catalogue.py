@@ -6,7 +6,7 @@
         open ──▶ HIDDEN ──show──▶ SHOWN ◀──show──▶ LAST
                    └───────────────┴─────drop──────┴────▶ DROPPED ──swept──▶ FREE
 
-    row        one key in one listing: 48 bytes in one array
+    row        one key in one listing: 48 bytes in one array; its maker as a small number
     _heads     key ─▶ the first row of a key; `next` and `prev` chain the rows of one key
     _pairs     key and listing ─▶ its row
 
@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from kvray.core.ghosts import DIRECTORY_GHOSTS, Codes, Ghosts, Why, halves
 from kvray.core.ids import KEY_BYTES
+from kvray.core.makers import MakerNumbers, Makers
 from kvray.core.messages import ENTRY_DTYPE
 from kvray.core.rowarray import RowArray, Rows
 from kvray.core.rowindex import FIRST_ROW, SPREAD, U32, U64, Bools, Indices, RowIndex
@@ -54,6 +55,7 @@ ROW_DTYPE: Final = np.dtype(
         ("prev", "<u4"),
         ("listing", "<u2"),
         ("origin", "u1"),
+        ("maker", "<u2"),  # see makers_of
     ],
     align=True,
 )
@@ -87,6 +89,7 @@ class Catalogue:
         self._unswept: set[Listing] = set()  # what sweep has to look for
         self._cursor = FIRST_ROW
         self._ghosts = Ghosts(DIRECTORY_GHOSTS)
+        self._makers = MakerNumbers()
 
     def __len__(self) -> int:
         """Rows in use, those that wait for the sweep included."""
@@ -213,6 +216,10 @@ class Catalogue:
         codes *= missing
         return codes if codes.any() else None
 
+    def makers_of(self, rows: Rows) -> Makers:
+        """Of each of these rows."""
+        return self._makers.makers(rows["maker"])
+
     def entries_of(self, listing: Listing) -> Rows:
         """A copy of the rows of a listing. Goes through all rows: for people and tests."""
         rows: Rows = self._rows.data[: self._rows.end]
@@ -274,6 +281,7 @@ class Catalogue:
         self._removed_counts[listing] += int(is_removed) - int(was_removed)
         for name in _PAYLOAD:
             data[name][rows] = entries[name]
+        data["maker"][rows] = self._makers.number(entries["maker"])
 
     def _enter(self, listing: Listing, entries: Rows, low: U64, high: U64) -> int:
         """Make rows for keys that this listing does not have. Returns how many did not fit."""
@@ -288,6 +296,7 @@ class Catalogue:
         content["low"], content["high"], content["listing"] = low, high, listing
         for name in _PAYLOAD:
             content[name] = entries[name]
+        content["maker"] = self._makers.number(entries["maker"])
         # Each new row becomes the first of its key.
         key_hash = _key_hash(low, high)
         firsts = self._heads.find(key_hash, self._same_key(low, high))
@@ -355,6 +364,7 @@ class Catalogue:
             "listings": MAX_LISTINGS - len(self._free_listings),
             "unswept_listings": len(self._unswept),
             "bytes": self.size_bytes,
+            "makers": len(self._makers),
         }
 
     def check(self) -> None:
@@ -362,6 +372,7 @@ class Catalogue:
         self._rows.check()
         self._heads.check()
         self._pairs.check()
+        self._makers.check()
         used = self._rows.used()
         content = self._rows.data[used]
         self._check_listings(content)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, TypeVar, cast
 import msgspec
 import numpy as np
 
-from kvray.core.ids import KEY_BYTES, BlockKey, Generation, Origin, SlotIndex
+from kvray.core.ids import KEY_BYTES, BlockKey, Generation, Maker, Origin, SlotIndex
 from kvray.core.layout import FORMAT_VERSION
 from kvray.core.messages import (
     ENTRY_DTYPE,
@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 
 M = TypeVar("M")
 SlotRow = tuple[SlotIndex, Generation, int]  # slot, generation, offset
-EntryRow = tuple[BlockKey, SlotIndex, int, Generation, Origin]  # key, slot, bytes, generation, ...
-LocationRow = tuple[int, int, SlotIndex, int, Generation]  # key_index, node, slot, bytes, ...
+# key, slot, bytes, generation, ...
+EntryRow = tuple[BlockKey, SlotIndex, int, Generation, Origin, Maker]
+LocationRow = tuple[int, int, SlotIndex, int, Generation, Maker]  # key_index, node, slot, bytes ...
 
 _VERSION: Final = bytes([FORMAT_VERSION])
 _ENCODER: Final = msgspec.msgpack.Encoder()
@@ -85,8 +86,8 @@ def decode(data: bytes | bytearray | memoryview, *, max_bytes: int, expect: "Typ
 # -- packed fields -----------------------------------------------------------------------------
 
 _SLOT: Final = Struct("<IQQ")
-_ENTRY: Final = Struct("<16sIIQB")
-_LOCATION: Final = Struct("<IHIIQ")
+_ENTRY: Final = Struct("<16sIIQBQ")
+_LOCATION: Final = Struct("<IHIIQQ")
 _KEY_DTYPE: Final = np.dtype(("V", KEY_BYTES))
 assert _SLOT.size == SLOT_DTYPE.itemsize
 assert _ENTRY.size == ENTRY_DTYPE.itemsize
@@ -121,7 +122,7 @@ def unpack_slots(packed: bytes) -> list[SlotRow]:
 
 
 def pack_entries(rows: Iterable[EntryRow]) -> bytes:
-    """ENTRY_DTYPE rows out of (key, slot, bytes, generation, origin)."""
+    """ENTRY_DTYPE rows out of (key, slot, bytes, generation, origin, maker)."""
     rows = list(rows)
     assert all(len(row[0]) == KEY_BYTES for row in rows), "a key has another length"
     return b"".join(starmap(_ENTRY.pack, rows))
@@ -133,7 +134,7 @@ def unpack_entries(packed: bytes) -> list[EntryRow]:
 
 
 def pack_locations(rows: Iterable[LocationRow]) -> bytes:
-    """LOCATION_DTYPE rows out of (key_index, node, slot, bytes, generation)."""
+    """LOCATION_DTYPE rows out of (key_index, node, slot, bytes, generation, maker)."""
     return b"".join(starmap(_LOCATION.pack, rows))
 
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from kvray.core.effects import Effect, Place
 from kvray.core.header_runs import HeaderRuns, Offsets
-from kvray.core.ids import BlockKey, ClientId, Epoch, NodeId, OpId, ReadId, Role
+from kvray.core.ids import BlockKey, ClientId, Epoch, Maker, NodeId, OpId, ReadId, Role
 from kvray.core.messages import Announce, LocalAnswer, Locate, NodeHello, NodeInfo
 from kvray.core.reasons import MissReason
 
@@ -53,6 +53,7 @@ class ReserveTargets:
 
     batch_id: int
     wants: tuple[tuple[BlockKey, int], ...]  # key, payload bytes
+    makers: tuple[Maker, ...]  # of each, as its source was said to be
 
 
 @dataclass(frozen=True, slots=True)

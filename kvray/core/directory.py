@@ -22,7 +22,17 @@ from numpy.typing import NDArray
 from kvray.core.catalogue import MAX_LISTINGS, Catalogue, Listing, Standing
 from kvray.core.codec import pack_keys
 from kvray.core.families import Families
-from kvray.core.ids import KEY_BYTES, BlockKey, Epoch, Generation, NodeId, Origin, SlotIndex, Term
+from kvray.core.ids import (
+    KEY_BYTES,
+    BlockKey,
+    Epoch,
+    Generation,
+    Maker,
+    NodeId,
+    Origin,
+    SlotIndex,
+    Term,
+)
 from kvray.core.messages import (
     LOCATION_DTYPE,
     MAX_ROSTER_NODES,
@@ -81,6 +91,7 @@ class Location:
     bytes: int
     origin: Origin
     suspect: bool
+    maker: Maker
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +205,7 @@ class DirectoryCore:
         locations["key_index"], locations["node"] = at, node_column
         for name in ("slot", "bytes", "generation"):
             locations[name] = rows[name]
+        locations["maker"] = self._catalogue.makers_of(rows)
         members = [self._shown[Listing(listing)] for listing in listings]
         gone = self._catalogue.why_missing(locate.keys, at)
         return LocateReply(
@@ -240,7 +252,8 @@ class DirectoryCore:
         """All locations of each key, for people. Takes a Python object each."""
         found: list[list[Location]] = [[] for _ in keys]
         at, rows = self._catalogue.locate(pack_keys(keys), limit=MAX_ROSTER_NODES)
-        for index, row in zip(at.tolist(), rows, strict=True):
+        makers = self._catalogue.makers_of(rows).tolist()
+        for index, row, maker in zip(at.tolist(), rows, makers, strict=True):
             member = self._shown[Listing(int(row["listing"]))]
             found[index].append(
                 Location(
@@ -251,6 +264,7 @@ class DirectoryCore:
                     bytes=int(row["bytes"]),
                     origin=Origin(int(row["origin"])),
                     suspect=member.state is NodeState.SUSPECT,
+                    maker=Maker(maker),
                 )
             )
         return found

@@ -16,7 +16,16 @@ before, and does not fit half blanked.
 
 import msgspec
 
-from kvray.core.ids import BlockKey, ExtentIndex, Generation, Origin, SlotIndex, SlotState
+from kvray.core.ids import (
+    UNKNOWN_MAKER,
+    BlockKey,
+    ExtentIndex,
+    Generation,
+    Maker,
+    Origin,
+    SlotIndex,
+    SlotState,
+)
 
 
 class Place(msgspec.Struct, frozen=True, gc=False):
@@ -28,6 +37,7 @@ class Place(msgspec.Struct, frozen=True, gc=False):
     bytes: int  # of the payload; the slot may be larger, up to the next page
     key: BlockKey
     origin: Origin
+    maker: Maker = UNKNOWN_MAKER
 
 
 class WriteHeader(msgspec.Struct, frozen=True, gc=False):
@@ -42,6 +52,7 @@ class WriteHeader(msgspec.Struct, frozen=True, gc=False):
     origin: Origin
     writer: int  # row of the client table, or layout.WRITER_NODE
     extent_generation: int
+    maker: Maker = UNKNOWN_MAKER
 
 
 class WriteExtent(msgspec.Struct, frozen=True, gc=False):

@@ -41,7 +41,16 @@ from kvray.core.ids import BlockKey, NodeId, ReadId
 from kvray.core.locates import Locates
 from kvray.core.messages import Grant, NodeInfo
 from kvray.core.peers import Peer, Source
-from kvray.core.reads import Fetch, FetchLimits, FetchState, Read, Reads, proofs, targets_of
+from kvray.core.reads import (
+    Fetch,
+    FetchLimits,
+    FetchState,
+    Read,
+    Reads,
+    proofs,
+    sources_of,
+    targets_of,
+)
 from kvray.core.reasons import MissReason
 from kvray.core.turns import Turns, settle
 from kvray.core.waits import Waits
@@ -345,7 +354,8 @@ class FetchCore:
             while self._turns.may_reserve(peer, has_room=self._reads.has_room(peer)):
                 batch_id, batch = self._turns.reserve(peer)
                 wants = tuple((fetch.key, fetch.bytes) for fetch in batch)
-                self._commands.append(ReserveTargets(batch_id, wants))
+                makers = tuple(source.maker for source in sources_of(batch))
+                self._commands.append(ReserveTargets(batch_id, wants, makers))
 
     # -- ending steps ----------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from kvray.core.commands import (
 )
 from kvray.core.effects import Place
 from kvray.core.fetch import FetchCore, Source
-from kvray.core.ids import BlockKey, NodeId, ReadId
+from kvray.core.ids import BlockKey, Maker, NodeId, ReadId
 from kvray.core.lookups import Lookups
 from kvray.core.messages import Grant, Locate, LocateReply, NodeInfo
 from kvray.core.store import NODE
@@ -99,9 +99,11 @@ class Fetching:
             return True
         found: list[list[Source]] = [[] for _ in range(key_count)]
         nodes, epochs = reply.nodes, reply.epochs
-        for key_index, node, slot, block_bytes, generation in unpack_locations(reply.locations):
+        for key_index, node, slot, block_bytes, generation, maker in unpack_locations(
+            reply.locations
+        ):
             if key_index < key_count:
-                source = Source(nodes[node], epochs[node], slot, generation, block_bytes)
+                source = Source(nodes[node], epochs[node], slot, generation, block_bytes, maker)
                 found[key_index].append(source)
         self.do(self._fetch.on_located(locate_id, found, gone=reply.gone, now_ms=now_ms), now_ms)
         return True
@@ -123,8 +125,8 @@ class Fetching:
                     self._tell(command, now_ms)
                 case AskDirectory():
                     self._out.append(self._call(command))
-                case ReserveTargets(batch_id, wants):
-                    targets = self._reserve(wants, now_ms)
+                case ReserveTargets(batch_id, wants, makers):
+                    targets = self._reserve(wants, makers, now_ms)
                     self.do(self._fetch.on_reserved(batch_id, targets), now_ms)
                 case CommitTargets(places):
                     self._storing.commit_targets(places, now_ms)
@@ -148,12 +150,14 @@ class Fetching:
         else:
             self._lookups.on_missed(told, now_ms)
 
-    def _reserve(self, wants: Sequence[tuple[BlockKey, int]], now_ms: int) -> list[Grant | Place]:
+    def _reserve(
+        self, wants: Sequence[tuple[BlockKey, int]], makers: Sequence[Maker], now_ms: int
+    ) -> list[Grant | Place]:
         """Nothing is evicted for what is taken over. Those come in batches of their own, mostly,
         and a mixed batch is treated as one of them: its lookups have a miss more at worst.
         """
         evicts = not any(self._takeovers.wants(key) for key, _ in wants)
-        return self._storing.reserve_targets(wants, now_ms, evicts=evicts)
+        return self._storing.reserve_targets(wants, makers, now_ms, evicts=evicts)
 
     def _call(self, ask: AskDirectory) -> CallDirectory:
         call_id = next(self._call_ids)

@@ -19,7 +19,7 @@ import numpy as np
 from kvray.core.ids import ExtentIndex, SlotIndex
 from kvray.errors import ConfigError
 
-FORMAT_VERSION = 1  # of the slab and of the wire; another version starts empty / is refused
+FORMAT_VERSION = 2  # of the slab and of the wire; another version starts empty / is refused
 MAGIC = b"kvraysl1"
 PAGE_BYTES = 4_096
 HEADER_BYTES = 64  # one cache line: written by one core, read by one transfer
@@ -35,12 +35,13 @@ SLOT_HEADER_DTYPE = np.dtype(
         ("generation", "<u8"),
         ("key", "V16"),
         ("offset", "<u8"),  # of the payload, from the start of the slab
-        ("bytes", "<u8"),  # of the payload
+        ("bytes", "<u4"),  # of the payload; MAX_EXTENT_BYTES is less than 4 GiB
+        ("checksum", "<u4"),  # of the payload; 0: not computed, as everywhere today
         ("state", "<u4"),  # SlotState
         ("origin", "<u2"),  # Origin
         ("writer", "<u2"),  # row of the client table, or WRITER_NODE
         ("extent_generation", "<u8"),  # of the extent's descriptor when the slot was given out
-        ("spare", "V8"),
+        ("maker", "<u8"),  # who computed the block, see ids.maker_class; known when it is given out
     ]
 )
 EXTENT_DTYPE = np.dtype([("extent_generation", "<u8"), ("slot_bytes", "<u8"), ("spare", "V48")])

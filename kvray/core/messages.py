@@ -6,7 +6,8 @@ objects cost more than the call itself. The packed forms:
 
     keys         n x 16 bytes, one BlockKey after another
     SLOT_DTYPE   n rows of (slot u4, generation u8, offset u8), a place in the local slab
-    ENTRY_DTYPE  n rows of (key V16, slot u4, bytes u4, generation u8, origin u1), a block in a set
+    ENTRY_DTYPE  n rows of (key V16, slot u4, bytes u4, generation u8, origin u1, maker u8), a block
+                 in a set
 
 Engine and NodeStore (unix SEQPACKET socket; payload never crosses it):
 
@@ -46,9 +47,9 @@ MAX_CALL_BYTES = 8 * 1024 * 1024  # a Ray call; resync parts and locate batches 
 MAX_WRITING_LISTED = 4_096  # (slot, generation) pairs an engine may list in Hello
 
 # Of the control messages. With these, each of them stays below MAX_CALL_BYTES.
-MAX_CHANGES_PER_ANNOUNCE = 131_072  # adds, and as many removes: 33 and 16 bytes each
+MAX_CHANGES_PER_ANNOUNCE = 131_072  # adds, and as many removes: 41 and 16 bytes each
 MAX_LOCATE_KEYS = 16_384  # 16 full lookups in one call
-MAX_SOURCES_PER_KEY = 8  # a fetch tries two or three; 16,384 keys with 8 sources are 2.9 MB
+MAX_SOURCES_PER_KEY = 8  # a fetch tries two or three; 16,384 keys with 8 sources are 3.9 MB
 # Of one announce: what goes before the next one, since a store announces each few ms while it
 # stores. Far more than a prefill of a chunk evicts, and 0.1 ms of the directory.
 MAX_DOUBTFUL_KEYS = 64
@@ -72,7 +73,14 @@ MAX_EPOCH = 2**62  # epochs and terms follow the wall clock in ms; the next one 
 
 SLOT_DTYPE = np.dtype([("slot", "<u4"), ("generation", "<u8"), ("offset", "<u8")])
 ENTRY_DTYPE = np.dtype(
-    [("key", "V16"), ("slot", "<u4"), ("bytes", "<u4"), ("generation", "<u8"), ("origin", "u1")]
+    [
+        ("key", "V16"),
+        ("slot", "<u4"),
+        ("bytes", "<u4"),
+        ("generation", "<u8"),
+        ("origin", "u1"),
+        ("maker", "<u8"),
+    ]
 )
 # V16 and not S16, which drops trailing zero bytes when it is read.
 LOCATION_DTYPE = np.dtype(
@@ -82,6 +90,7 @@ LOCATION_DTYPE = np.dtype(
         ("slot", "<u4"),
         ("bytes", "<u4"),
         ("generation", "<u8"),
+        ("maker", "<u8"),
     ]
 )
 

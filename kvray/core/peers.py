@@ -15,7 +15,7 @@ import numpy as np
 
 from kvray.core.break_even import RATE_SAMPLE_BYTES, Rate
 from kvray.core.header_runs import Offsets
-from kvray.core.ids import Epoch, Generation, NodeId, SlotIndex
+from kvray.core.ids import UNKNOWN_MAKER, Epoch, Generation, Maker, NodeId, SlotIndex
 from kvray.core.layout import HEADER_BYTES, Geometry, aligned
 from kvray.core.messages import NodeInfo
 
@@ -32,6 +32,7 @@ class Source(msgspec.Struct, frozen=True, gc=False):
     slot: SlotIndex
     generation: Generation
     bytes: int
+    maker: Maker = UNKNOWN_MAKER
 
 
 class Peer:

@@ -172,7 +172,7 @@ class Reads:
     def post_payload(self, peer: Peer, fetches: list[Fetch], *, now_ms: int) -> PostRead:
         """Read these blocks, each with a source at this peer, into their targets."""
         assert self.has_room(peer)
-        offsets = peer.payload_offsets(_sources_of(fetches))
+        offsets = peer.payload_offsets(sources_of(fetches))
         read = self._post(ReadKind.PAYLOAD, peer, fetches, offsets, now_ms)
         return PostRead(
             read.read_id,
@@ -182,7 +182,7 @@ class Reads:
             offsets,
             np.array([place.offset for place in read.targets], np.uint64),
             np.array([fetch.bytes for fetch in fetches], np.uint64),
-            header_runs(peer.header_offsets(_sources_of(fetches))),
+            header_runs(peer.header_offsets(sources_of(fetches))),
         )
 
     def post_headers(self, payload: Read, *, now_ms: int) -> PostRead:
@@ -194,7 +194,7 @@ class Reads:
             peer.node_id,
             peer.epoch,
             ReadKind.HEADERS,
-            peer.header_offsets(_sources_of(fetches)),
+            peer.header_offsets(sources_of(fetches)),
             NO_OFFSETS,
             np.full(len(fetches), HEADER_BYTES, np.uint64),
         )
@@ -317,7 +317,7 @@ def targets_of(fetches: Sequence[Fetch]) -> tuple[Place, ...]:
     return tuple(fetch.target for fetch in fetches if fetch.target is not None)
 
 
-def _sources_of(fetches: Sequence[Fetch]) -> list[Source]:
+def sources_of(fetches: Sequence[Fetch]) -> list[Source]:
     return [fetch.source for fetch in fetches if fetch.source is not None]
 
 
@@ -325,14 +325,16 @@ def proofs(read: Read, headers: Headers) -> Bools:
     """For each block of a read whether its header says that the payload was whole and its own
     (rule 2). headers: SLOT_HEADER_DTYPE rows, read after the payload had come.
     """
-    fetches, sources = read.fetches, _sources_of(read.fetches)
+    fetches, sources = read.fetches, sources_of(read.fetches)
     assert len(headers) == len(sources) == len(fetches)
     keys = np.frombuffer(b"".join([fetch.key for fetch in fetches]), headers.dtype["key"])
     generations = np.array([source.generation for source in sources], np.uint64)
+    makers = np.array([source.maker for source in sources], np.uint64)
     sizes_bytes = np.array([fetch.bytes for fetch in fetches], np.uint64)
     proven: Bools = headers["key"] == keys
     proven &= headers["generation"] == generations
     proven &= headers["offset"] == read.payload_offsets
     proven &= headers["bytes"] == sizes_bytes
+    proven &= headers["maker"] == makers
     proven &= headers["state"] == _READY
     return proven

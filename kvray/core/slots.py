@@ -20,7 +20,16 @@ from kvray.core.codec import pack_slot
 from kvray.core.effects import Effect, MarkGeneration, Place, WriteExtent, WriteHeader
 from kvray.core.eviction import Policy
 from kvray.core.extents import Extent, Extents, SizeClass
-from kvray.core.ids import BlockKey, ClientId, Generation, OpId, Origin, SlotIndex, SlotState
+from kvray.core.ids import (
+    BlockKey,
+    ClientId,
+    Generation,
+    Maker,
+    OpId,
+    Origin,
+    SlotIndex,
+    SlotState,
+)
 from kvray.core.layout import Geometry
 from kvray.core.store_limits import EXTENT_SCAN, GENERATION_BATCH
 
@@ -114,6 +123,7 @@ class SlotTable:
         found: tuple[Extent, SlotIndex],
         *,
         origin: Origin,
+        maker: Maker,
         writer: int,
         holder: Holder,
         now_ms: int,
@@ -121,7 +131,7 @@ class SlotTable:
         """WRITING: give the slot that `free_slot` has found its next generation."""
         extent, slot = found
         generation = self._new_generation()
-        place = Place(slot, generation, extent.offset_of(slot), payload_bytes, key, origin)
+        place = Place(slot, generation, extent.offset_of(slot), payload_bytes, key, origin, maker)
         row = pack_slot(slot, generation, place.offset)
         block = Block(place, row, WRITING, extent, writer, holder, now_ms)
         extent.busy += 1
@@ -403,6 +413,7 @@ class SlotTable:
                 place.origin,
                 block.writer,
                 block.extent.generation,
+                place.maker,
             )
         )
 

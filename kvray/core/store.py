@@ -22,7 +22,7 @@ from kvray.core.adoption import Table
 from kvray.core.effects import Effect, MarkGeneration, Place, WriteExtent, WriteHeader
 from kvray.core.eviction import Policy, Segmented
 from kvray.core.ghosts import NODE_GHOSTS, Ghosts, Why, halves
-from kvray.core.ids import BlockKey, ClientId, Generation, Origin, SlotIndex
+from kvray.core.ids import UNKNOWN_MAKER, BlockKey, ClientId, Generation, Maker, Origin, SlotIndex
 from kvray.core.layout import Geometry, aligned
 from kvray.core.messages import Grant
 from kvray.core.slots import (
@@ -251,6 +251,7 @@ class StoreCore:
         *,
         writer: int,
         origin: Origin,
+        makers: Iterable[Maker] = repeat(UNKNOWN_MAKER),
         now_ms: int,
         evicts: bool = True,
     ) -> list[Grant | Place]:
@@ -258,7 +259,7 @@ class StoreCore:
 
         Evicts as needed (unless told not to), but no block that is pinned, and none that this call
         answers PRESENT or has given out. A size that no slot can have is FULL. writer: who will
-        write into the slots, as a row of the client table, or WRITER_NODE.
+        write into the slots, as a row of the client table, or WRITER_NODE. makers: of each want.
         """
         slots, by_key = self._slots, self._slots.by_key
         shielded = slots.shield(wants, now_ms)
@@ -269,7 +270,7 @@ class StoreCore:
         search = Search(len(wants))
         class_bytes = last_bytes = 0
         answers: list[Grant | Place] = []
-        for key, want_bytes in wants:
+        for (key, want_bytes), maker in zip(wants, makers, strict=False):
             if key in by_key:
                 answers.append(Grant.PRESENT)
                 continue
@@ -288,7 +289,14 @@ class StoreCore:
                 answers.append(Grant.FULL)
                 continue
             block = slots.occupy(
-                key, want_bytes, found, origin=origin, writer=writer, holder=holder, now_ms=now_ms
+                key,
+                want_bytes,
+                found,
+                origin=origin,
+                maker=maker,
+                writer=writer,
+                holder=holder,
+                now_ms=now_ms,
             )
             mine[block.place.slot] = block
             answers.append(block.place)
@@ -296,6 +304,7 @@ class StoreCore:
             self._reservations[holder] = mine
             self._reservation_count += len(mine) - before
         slots.unpin(reversed(shielded), is_hit=False)
+        assert len(answers) == len(wants), "a want without a maker"
         return answers
 
     def commit(self, holder: Holder, slot: SlotIndex, generation: Generation, now_ms: int) -> bool:

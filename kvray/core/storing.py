@@ -11,12 +11,13 @@ who waits for a key: its methods name the keys whose writing has ended.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 
 from kvray.core.clients import Client, Clients
 from kvray.core.codec import pack_slots, unpack_keys, unpack_slots
 from kvray.core.commands import WriteClient
 from kvray.core.effects import Effect, Place
-from kvray.core.ids import BlockKey, ClientId, Generation, OpId, Origin, SlabId, SlotIndex
+from kvray.core.ids import BlockKey, ClientId, Generation, Maker, OpId, Origin, SlabId, SlotIndex
 from kvray.core.layout import MAX_CLIENTS, WRITER_NODE
 from kvray.core.messages import Abandon, Commit, Grant, Hello, Reserve, ReserveReply
 from kvray.core.store import NODE, Holder, StoreCore
@@ -65,7 +66,8 @@ class Storing:
             answers = [self._present_or_full(key) for key in keys]
         else:
             holder = (client.client_id, message.op)
-            answers = self._reserve(holder, wants, client.row, Origin.ORIGINAL, now_ms)
+            makers, row = repeat(client.maker), client.row
+            answers = self._reserve(holder, wants, row, Origin.ORIGINAL, now_ms, makers=makers)
         grants = bytearray()
         places: list[Place] = []
         for answer in answers:
@@ -172,9 +174,18 @@ class Storing:
     # -- fetches ---------------------------------------------------------------------------------
 
     def reserve_targets(
-        self, wants: Sequence[tuple[BlockKey, int]], now_ms: int, *, evicts: bool
+        self,
+        wants: Sequence[tuple[BlockKey, int]],
+        makers: Sequence[Maker],
+        now_ms: int,
+        *,
+        evicts: bool,
     ) -> list[Grant | Place]:
-        return self._reserve(FETCH_HOLDER, wants, WRITER_NODE, Origin.COPY, now_ms, evicts=evicts)
+        """makers: of each, as its source was said to be; the header that proves it says so too."""
+        origin = Origin.COPY
+        return self._reserve(
+            FETCH_HOLDER, wants, WRITER_NODE, origin, now_ms, makers=makers, evicts=evicts
+        )
 
     def commit_targets(self, places: Iterable[Place], now_ms: int) -> None:
         for place in places:
@@ -205,11 +216,18 @@ class Storing:
         origin: Origin,
         now_ms: int,
         *,
+        makers: Iterable[Maker],
         evicts: bool = True,
     ) -> list[Grant | Place]:
         self._effects += self._store.drain_effects()
         answers = self._store.reserve(
-            holder, wants, writer=writer, origin=origin, now_ms=now_ms, evicts=evicts
+            holder,
+            wants,
+            writer=writer,
+            origin=origin,
+            makers=makers,
+            now_ms=now_ms,
+            evicts=evicts,
         )
         effects = self._store.drain_effects()
         granted = sum(isinstance(answer, Place) for answer in answers)

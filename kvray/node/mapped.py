@@ -38,7 +38,7 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14
 # The columns of a header seen as eight 64-bit words, see SLOT_HEADER_DTYPE.
 _WORDS = HEADER_BYTES // 8
 _GENERATION_WORD, _KEY_WORDS, _OFFSET_WORD, _BYTES_WORD, _STATE_WORD = 0, slice(1, 3), 3, 4, 5
-_STATE_MASK = np.uint64(0xFFFF_FFFF)  # origin and writer share the word with the state
+_LOW_HALF = np.uint64(0xFFFF_FFFF)  # the state of a word with origin and writer, bytes of another
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -151,9 +151,9 @@ class MappedSlab:
             & (rows[:, _GENERATION_WORD] == generations)
             & (rows[:, _KEY_WORDS] == wanted_keys).all(axis=1)
             & (rows[:, _OFFSET_WORD] == offsets)
-            & (rows[:, _BYTES_WORD] == slot_bytes)
+            & (rows[:, _BYTES_WORD] & _LOW_HALF == slot_bytes)
         )
-        return fits, rows[:, _STATE_WORD] & _STATE_MASK
+        return fits, rows[:, _STATE_WORD] & _LOW_HALF
 
     def all_match(
         self,

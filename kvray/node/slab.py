@@ -265,6 +265,7 @@ class SlabOwner:
                 words[word + 3] = effect.offset
                 words[word + 4] = effect.bytes
                 words[word + 6] = effect.extent_generation
+                words[word + 7] = effect.maker
                 if state == _READY:
                     memory_barrier()
                     words[word + 5] = state_word

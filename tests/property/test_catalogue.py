@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from kvray.core import catalogue as module
 from kvray.core.catalogue import Catalogue, Listing, Standing
 from kvray.core.codec import pack_entries, pack_keys
-from kvray.core.ids import BlockKey, Generation, Origin, SlotIndex
+from kvray.core.ids import BlockKey, Generation, Maker, Origin, SlotIndex
 from kvray.core.messages import ENTRY_DTYPE
 from kvray.core.rowarray import Rows
 
@@ -25,6 +25,11 @@ KEYS = [BlockKey(bytes(8) + bytes([i]) * 8) for i in range(4)]
 KEYS += [BlockKey(bytes([i]) * 8 + bytes(8)) for i in range(1, 5)]
 keys = st.sampled_from(KEYS)
 entries = st.lists(st.tuples(keys, st.integers(0, 9), st.integers(1, 9)), max_size=10)
+
+
+def maker_of(slot: int) -> Maker:
+    """A few, the unknown one among them."""
+    return Maker(slot % 4 << 62)
 
 
 class CatalogueMachine(RuleBasedStateMachine):
@@ -76,7 +81,7 @@ class CatalogueMachine(RuleBasedStateMachine):
         before = self.model[listing]
         wanted = {key: (slot, generation) for key, slot, generation in rows}
         packed = pack_entries(
-            (key, SlotIndex(slot), 7, Generation(generation), Origin.COPY)
+            (key, SlotIndex(slot), 7, Generation(generation), Origin.COPY, maker_of(slot))
             for key, slot, generation in rows
         )
         unlisted = self.catalogue.add(listing, np.frombuffer(packed, ENTRY_DTYPE), keep=keep)
@@ -151,6 +156,9 @@ class CatalogueMachine(RuleBasedStateMachine):
             expected = {key: place for key, place in own.items() if place is not None}
             assert self.entries_of(listing) == expected
             assert self.catalogue.count(listing) == len(expected)
+            rows = self.catalogue.entries_of(listing)
+            makers = self.catalogue.makers_of(rows).tolist()
+            assert makers == [maker_of(slot) for slot in rows["slot"].tolist()]
         assert len(self.catalogue) <= self.max_rows
         self.catalogue.check()
 

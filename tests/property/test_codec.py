@@ -77,7 +77,7 @@ names = st.text(max_size=20)
 key = st.binary(min_size=16, max_size=16)
 slab_id = namespaces = key
 slot_rows = st.lists(st.tuples(u32, u64, u64), max_size=6)
-entry_rows = st.lists(st.tuples(key, u32, sizes, u64, st.sampled_from([0, 1])), max_size=6)
+entry_rows = st.lists(st.tuples(key, u32, sizes, u64, st.sampled_from([0, 1]), u64), max_size=6)
 slots = slot_rows.map(lambda rows: pack_slots(cast("list[SlotRow]", rows)))
 keys = st.lists(key.map(BlockKey), max_size=6).map(pack_keys)
 PLACED: set[int] = {KeyState.HIT, KeyState.COMING}
@@ -187,7 +187,7 @@ def announces(draw: Any) -> Announce:
 def locate_replies(draw: Any) -> LocateReply:
     nodes = draw(st.lists(names, min_size=1, max_size=4))
     index = st.integers(0, 20)
-    row = st.tuples(index, st.integers(0, len(nodes) - 1), u32, sizes, u64)
+    row = st.tuples(index, st.integers(0, len(nodes) - 1), u32, sizes, u64, u64)
     return LocateReply(
         term=draw(epochs),
         nodes=nodes,
@@ -335,7 +335,10 @@ def test_a_field_of_another_value_or_type_is_a_message_or_refused(
 
 
 @given(
-    slot_rows, entry_rows, st.lists(key), st.lists(st.tuples(u32, st.integers(0, 9), u32, u32, u64))
+    slot_rows,
+    entry_rows,
+    st.lists(key),
+    st.lists(st.tuples(u32, st.integers(0, 9), u32, u32, u64, u64)),
 )
 def test_packed_rows_come_back_equal(
     slot_list: Any, entry_list: Any, key_list: Any, location_list: Any

@@ -24,7 +24,17 @@ from hypothesis.stateful import (
 
 from kvray.core.codec import decode, encode, pack_entries, pack_keys, unpack_locations
 from kvray.core.directory import DirectoryCore, DirectoryLimits, NodeState
-from kvray.core.ids import BlockKey, Epoch, Generation, NodeId, Origin, SlabId, SlotIndex, Term
+from kvray.core.ids import (
+    BlockKey,
+    Epoch,
+    Generation,
+    Maker,
+    NodeId,
+    Origin,
+    SlabId,
+    SlotIndex,
+    Term,
+)
 from kvray.core.messages import (
     MAX_CALL_BYTES,
     Announce,
@@ -37,6 +47,13 @@ from kvray.core.messages import (
 )
 
 NODES = 3
+
+
+def maker_of(slot: int) -> Maker:
+    """A few, the unknown one among them."""
+    return Maker(slot % 4 << 62)
+
+
 KEYS = [BlockKey(bytes([i]) * 16) for i in range(12)]
 ROOMY, TIGHT = 10_000, 15  # TIGHT: less than all sets together, and room for few while resyncing
 nodes = st.integers(0, NODES - 1)
@@ -114,7 +131,7 @@ class Process:
             sequence=self.sequence,
             roster_version=self.roster_version,
             adds=pack_entries(
-                (key, SlotIndex(slot), 9, Generation(generation), Origin.ORIGINAL)
+                (key, SlotIndex(slot), 9, Generation(generation), Origin.ORIGINAL, maker_of(slot))
                 for key, (slot, generation) in rows
             ),
             removes=removes,
@@ -344,11 +361,11 @@ class DirectoryMachine(RuleBasedStateMachine):
         reply = self.directory.on_locate(asked, self.now_ms)
         wire(reply)
         located = [
-            (KEYS[row[0]], reply.nodes[row[1]], reply.epochs[row[1]], row[2], row[4])
+            (KEYS[row[0]], reply.nodes[row[1]], reply.epochs[row[1]], row[2], row[4], row[5])
             for row in unpack_locations(reply.locations)
         ]
         assert located == [
-            (key, found.node_id, found.epoch, found.slot, found.generation)
+            (key, found.node_id, found.epoch, found.slot, found.generation, maker_of(found.slot))
             for key, locations in zip(KEYS, self.directory.where(KEYS), strict=True)
             for found in locations
             if found.node_id != info.node_id

@@ -85,12 +85,12 @@ class WatchedSlab(Slab):
         """The process is killed in the middle of this: some words of the header are written."""
         self._judge(effect)
         row = self.headers[effect.slot]
-        old, written = row.copy(), random.sample(range(7), random.randrange(8))
+        old, written = row.copy(), random.sample(range(8), random.randrange(9))
         super().apply(effect)
         row = self.headers[effect.slot]
         as_words = self.headers.view(np.uint64).reshape(-1, 8)[effect.slot]
         old_words = np.frombuffer(old.tobytes(), np.uint64)
-        for word in set(range(7)) - set(written):
+        for word in set(range(8)) - set(written):
             as_words[word] = old_words[word]
         self.rows[effect.slot] = (SlotState(int(row["state"])), Generation(int(row["generation"])))
 
@@ -132,8 +132,9 @@ class WatchedSlab(Slab):
             return
         assert (state, effect.state) in _LEGAL, f"{state.name} becomes {effect.state.name}"
         row = self.headers[slot]
-        told = (row["key"].tobytes(), row["offset"], row["bytes"], row["extent_generation"])
-        said = (effect.key, effect.offset, effect.bytes, effect.extent_generation)
+        names = ("offset", "bytes", "extent_generation", "maker")
+        told = (row["key"].tobytes(), *(row[name] for name in names))
+        said = (effect.key, *(getattr(effect, name) for name in names))
         assert told == said, "more than the state has changed"
         if state is SlotState.READY:
             assert slot not in self.pins, "a pinned block is evicted"

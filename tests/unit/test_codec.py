@@ -91,7 +91,7 @@ OP = OpId(7)
 SLAB = SlabId(bytes(range(16)))
 KEYS = [BlockKey(bytes([i]) * 15 + b"\0") for i in range(3)]
 SLOTS = pack_slots([(SlotIndex(4), Generation(5), 4_096), (SlotIndex(9), Generation(6), 8_192)])
-ENTRY = (KEYS[0], SlotIndex(4), 4_000, Generation(5), Origin.COPY)
+ENTRY = (KEYS[0], SlotIndex(4), 4_000, Generation(5), Origin.COPY, Maker(9))
 INFO = NodeInfo(
     node_id=NodeId("node-a"),
     epoch=Epoch(1_700_000_000_000),
@@ -105,7 +105,7 @@ INFO = NodeInfo(
     kvray_version="0.1.0",
     format_version=FORMAT_VERSION,
 )
-LOCATION = (2, 0, SlotIndex(4), 4_000, Generation(5))
+LOCATION = (2, 0, SlotIndex(4), 4_000, Generation(5), Maker(9))
 
 HELLO = Hello(
     op=OP,
@@ -316,8 +316,8 @@ BROKEN: list[tuple[Message, str]] = [
     with_(ANNOUNCE, sequence=0),
     with_(ANNOUNCE, roster_version=-1),
     with_(ANNOUNCE, adds=bytes(32)),
-    with_(ANNOUNCE, adds=bytes(33)),
-    with_(ANNOUNCE, adds=ANNOUNCE.adds[:-1] + b"\2"),
+    with_(ANNOUNCE, adds=bytes(41)),
+    with_(ANNOUNCE, adds=ANNOUNCE.adds[:-9] + b"\2" + bytes(8)),
     with_(ANNOUNCE, adds=ANNOUNCE.adds * (MAX_CHANGES_PER_ANNOUNCE + 1)),
     with_(ANNOUNCE, removes=bytes(15)),
     with_(ANNOUNCE, removes=bytes(16 * (MAX_CHANGES_PER_ANNOUNCE + 1))),
@@ -344,8 +344,12 @@ BROKEN: list[tuple[Message, str]] = [
     with_(LOCATE_REPLY, epochs=[-1]),
     (LocateReply(Term(1), [NodeId("a")] * 2_000, [Epoch(1)] * 2_000, b""), "the count of nodes"),
     with_(LOCATE_REPLY, locations=LOCATE_REPLY.locations[:-1]),
-    with_(LOCATE_REPLY, locations=pack_locations([(0, 1, SlotIndex(0), 1, Generation(1))])),
-    with_(LOCATE_REPLY, locations=pack_locations([(0, 0, SlotIndex(0), 0, Generation(1))])),
+    with_(
+        LOCATE_REPLY, locations=pack_locations([(0, 1, SlotIndex(0), 1, Generation(1), Maker(1))])
+    ),
+    with_(
+        LOCATE_REPLY, locations=pack_locations([(0, 0, SlotIndex(0), 0, Generation(1), Maker(1))])
+    ),
     with_(
         LOCATE_REPLY,
         locations=LOCATE_REPLY.locations * (MAX_LOCATE_KEYS * MAX_SOURCES_PER_KEY + 1),
@@ -353,13 +357,15 @@ BROKEN: list[tuple[Message, str]] = [
     (
         msgspec.structs.replace(
             LOCATE_REPLY,
-            locations=pack_locations([(MAX_LOCATE_KEYS, 0, SlotIndex(0), 1, Generation(1))]),
+            locations=pack_locations(
+                [(MAX_LOCATE_KEYS, 0, SlotIndex(0), 1, Generation(1), Maker(1))]
+            ),
         ),
         "key_index",
     ),
     with_(
         LOCATE_REPLY,
-        locations=pack_locations([LOCATION, (1, 0, SlotIndex(0), 1, Generation(1))]),
+        locations=pack_locations([LOCATION, (1, 0, SlotIndex(0), 1, Generation(1), Maker(1))]),
     ),
 ]
 
@@ -455,7 +461,7 @@ def test_the_largest_messages_fit_their_limits() -> None:
         host="h" * MAX_NAME_BYTES,
         kvray_version="v" * MAX_NAME_BYTES,
     )
-    locations = pack_locations([(MAX_LOCATE_KEYS - 1, 0, SlotIndex(1), 1, Generation(1))])
+    locations = pack_locations([(MAX_LOCATE_KEYS - 1, 0, SlotIndex(1), 1, Generation(1), Maker(1))])
     for message in (
         msgspec.structs.replace(NODE_HELLO_REPLY, roster=[info] * MAX_ROSTER_NODES),
         msgspec.structs.replace(
@@ -477,7 +483,8 @@ def test_a_key_that_ends_in_zeros_keeps_them() -> None:
     keys = [BlockKey(bytes(16)), BlockKey(b"k" + bytes(15))]
     assert unpack_keys(pack_keys(keys)) == keys
     rows = [
-        (key, SlotIndex(2**32 - 1), 2**32 - 1, Generation(2**64 - 1), Origin.COPY) for key in keys
+        (key, SlotIndex(2**32 - 1), 2**32 - 1, Generation(2**64 - 1), Origin.COPY, Maker(2**64 - 1))
+        for key in keys
     ]
     assert unpack_entries(pack_entries(rows)) == rows
 
@@ -488,7 +495,9 @@ def test_packed_rows_come_back_as_plain_tuples() -> None:
         (SlotIndex(2**32 - 1), Generation(0), 0),
     ]
     assert unpack_slots(pack_slots(slots)) == slots
-    locations = [(2**32 - 1, 2**16 - 1, SlotIndex(2**32 - 1), 2**32 - 1, Generation(2**64 - 1))]
+    locations = [
+        (2**32 - 1, 2**16 - 1, SlotIndex(2**32 - 1), 2**32 - 1, Generation(2**64 - 1), Maker(5))
+    ]
     assert unpack_locations(pack_locations(locations)) == locations
     assert unpack_keys(b"") == []
     assert unpack_slots(b"") == []
@@ -499,4 +508,6 @@ def test_a_key_of_another_length_is_never_packed() -> None:
     with pytest.raises(AssertionError, match="another length"):
         pack_keys([BlockKey(bytes(15))])
     with pytest.raises(AssertionError, match="another length"):
-        pack_entries([(BlockKey(bytes(17)), SlotIndex(0), 1, Generation(1), Origin.ORIGINAL)])
+        pack_entries(
+            [(BlockKey(bytes(17)), SlotIndex(0), 1, Generation(1), Origin.ORIGINAL, Maker(1))]
+        )

@@ -25,6 +25,7 @@ from kvray.core.ids import (
     BlockKey,
     Epoch,
     Generation,
+    Maker,
     NodeId,
     Origin,
     SlabId,
@@ -59,6 +60,7 @@ OK, RESYNC = AnnounceStatus.OK, AnnounceStatus.RESYNC
 BURIED, UNKNOWN = AnnounceStatus.BURIED, AnnounceStatus.UNKNOWN
 A, B, C, D = (BlockKey(bytes([i]) * 16) for i in range(1, 5))
 BLOCK_BYTES = 40_000
+MAKER = Maker(2**64 - 2)
 M = TypeVar("M", bound=ControlMessage)
 
 
@@ -130,7 +132,7 @@ class Node:
         """The next announce, not sent yet."""
         self.sequence += 1
         rows = [
-            (key, SlotIndex(key[0]), BLOCK_BYTES, Generation(generation), Origin.ORIGINAL)
+            (key, SlotIndex(key[0]), BLOCK_BYTES, Generation(generation), Origin.ORIGINAL, MAKER)
             for key in adds
         ]
         return Announce(
@@ -172,6 +174,7 @@ class Node:
         reply: LocateReply = sent(self.cluster.core.on_locate(sent(locate), self.cluster.now_ms))
         rows = unpack_locations(reply.locations)
         assert all(row[2:4] == (keys[row[0]][0], BLOCK_BYTES) for row in rows)
+        assert all(row[5] == MAKER for row in rows)
         return [(row[0], reply.nodes[row[1]], row[4]) for row in rows]
 
 

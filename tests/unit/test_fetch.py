@@ -80,6 +80,7 @@ def test_the_same_block_in_a_later_generation_does_not_count_either() -> None:
         ("key", B),
         ("offset", 0),
         ("bytes", BLOCK_BYTES - 1),
+        ("maker", 8),
     ],
 )
 def test_a_header_that_differs_in_anything_is_no_proof(name: str, value: int | bytes) -> None:

@@ -48,6 +48,26 @@ def test_what_one_engine_has_computed_is_a_hit_on_another_node() -> None:
     assert snapshot["fetch"]["fetched_bytes"] == 4 * BLOCK_BYTES
 
 
+def test_a_block_keeps_its_maker_from_node_to_node_and_through_a_restart() -> None:
+    maker = 2**64 - 5
+    cluster = Cluster.of("a", "b", "c")
+    Engine(cluster["a"], maker=maker).store(A)
+    cluster.pass_ms(300)
+    Engine(cluster["b"], maker=maker).lookup([A])
+    cluster.settle()
+    cluster.start("b", cluster.kill("b"))
+    cluster.kill("a")
+    cluster.pass_ms(10_000)  # a is buried: what c gets now is a copy of a copy
+
+    last = Engine(cluster["c"], maker=maker)
+    op = last.lookup([A])
+    cluster.settle()
+
+    assert last.answer(op) == "h"
+    ((slot, _, _),) = last.places[op].values()
+    assert cluster["c"].slab.headers[slot]["maker"] == maker
+
+
 def test_only_the_prefix_that_somebody_has_is_fetched() -> None:
     cluster, _, there = cluster_with(A, C, D)
     op = there.lookup(ALL)

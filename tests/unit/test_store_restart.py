@@ -159,7 +159,7 @@ def test_of_two_ready_blocks_with_one_key_the_younger_is_kept() -> None:
         ("offset", 2**64 - PAGE),
         ("bytes", 0),
         ("bytes", PAGE + 1),  # of another class than its extent
-        ("bytes", 2**64 - 1),
+        ("bytes", 2**32 - 1),
         ("state", 4),
         ("state", 2**32 - 1),
         ("origin", 2),
