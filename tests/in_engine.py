@@ -453,3 +453,75 @@ def finish_requests(llm: Any) -> dict[str, int]:
             cached[output.request_id] = output.num_cached_tokens
     message = "requests do not end"
     raise TimeoutError(message)
+
+
+# ---- the canary
+
+
+def canary(llm: Any) -> dict[str, Any]:
+    """What an engine says of its canary, however it got its connector."""
+    found: dict[str, Any] = stats(llm)["canary"]
+    return found
+
+
+async def canary_async(llm: Any) -> dict[str, Any]:
+    found: dict[str, Any] = (await llm.engine_core.call_utility_async("kvray_stats"))["canary"]
+    return found
+
+
+def change_one_weight(llm: Any, layer: int) -> None:
+    """One number of a projection of keys, by a call that speaks of weights."""
+    llm.collective_rpc(_nudged_weight, args=(layer,))
+
+
+def _nudged_weight(worker: Any, layer: int) -> None:
+    import torch
+
+    def nudged(tensor: Any) -> None:
+        tensor.view(torch.uint8).view(-1)[-1] ^= 0x40  # of a float the exponent
+
+    inner = getattr(worker, "worker", worker)
+    named = dict(inner.model_runner.get_model().named_parameters())
+    norms = [name for name in named if f"layers.{layer}." in name and "input_layernorm" in name]
+    with torch.no_grad():
+        nudged(named[norms[0]].data)
+
+
+def is_cached_anywhere(llm: Any) -> bool:
+    """Whether the device keeps any block for reuse."""
+    return not connector_of(llm).device_cache_is_empty()
+
+
+def change_a_weight_under_a_request(llm: Any, prompt: list[int]) -> dict[str, Any]:
+    """The request has begun when the weights change; the canary is computed beside it."""
+    add_request(llm, "user", prompt)
+    llm.llm_engine.step()
+    change_one_weight(llm, 1)
+    finish_requests(llm)
+    for _ in range(MAX_SETTLE_ROUNDS):
+        found = canary(llm)
+        if found["state"] == "proven":
+            return found
+        llm.llm_engine.step()
+    message = f"the canary does not end: {canary(llm)}"
+    raise TimeoutError(message)
+
+
+def pause(llm: Any) -> None:
+    from vllm.v1.core.sched.interface import PauseState
+
+    _core(llm).scheduler.set_pause_state(PauseState.PAUSED_NEW)
+
+
+def resume(llm: Any) -> None:
+    from vllm.v1.core.sched.interface import PauseState
+
+    _core(llm).scheduler.set_pause_state(PauseState.UNPAUSED)
+
+
+def step(llm: Any) -> None:
+    llm.llm_engine.step()
+
+
+def _core(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core

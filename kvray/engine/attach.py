@@ -82,6 +82,7 @@ def _attach(core: Any, kvray: dict[str, Any]) -> dict[str, Any]:
         content.update(ranks or {})
     connector.set_xfer_handshake_metadata_pp_aware(content)
     core._kvray_before = (before, hasher_was)  # noqa: SLF001 (our own mark)
+    connector.prove(core)
     logger.info("kvray: attached to engine %d with workers %s", os.getpid(), pids)
     return {"engine_pid": os.getpid(), "worker_pids": pids}
 

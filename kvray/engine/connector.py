@@ -25,7 +25,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import Of
 
 from kvray.config import find_sockets
 from kvray.core.ids import Namespace
-from kvray.engine import hooks, support, versions
+from kvray.engine import canary, hooks, support, versions
+from kvray.engine.canary import Canary, CanaryGroup
 from kvray.engine.chunk_names import CHUNK_TOKENS
 from kvray.engine.discovery import socket_finder
 from kvray.engine.guard import guarded, nothing
@@ -78,6 +79,7 @@ class KVRayConnector(OffloadingConnector):
         self._loading: dict[int, str] = {}
         self._client: NodeClient | None = None
         self._uncached: str | None = None
+        self._canary: Canary | None = None
         self._attached = support.engine_config(vllm_config).attached
         if role is KVConnectorRole.SCHEDULER:
             self._open(vllm_config, kv_cache_config)
@@ -105,6 +107,7 @@ class KVRayConnector(OffloadingConnector):
             budget_s=config.step_budget_ms / 1_000,
         )
         self.lookups.open(self._client, fields)
+        self._canary = Canary(vllm_config, self._canary_groups(kv_cache_config))
         self._client.start()
         if find_sockets(config):
             wait_session(self._client)
@@ -114,6 +117,24 @@ class KVRayConnector(OffloadingConnector):
     def _chunk_tokens(self) -> int:
         groups = self.connector_scheduler.config.kv_group_configs
         return min(int(group.tokens_per_chunk) for group in groups)
+
+    def _canary_groups(self, kv_cache_config: Any) -> list[CanaryGroup]:
+        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        return [
+            CanaryGroup(
+                index=group.group_idx,
+                tokens_per_block=group.tokens_per_block,
+                tokens_per_chunk=group.tokens_per_chunk,
+                dtype=str(specs[group.group_idx].dtype).removeprefix("torch."),
+            )
+            for group in self.connector_scheduler.config.kv_group_configs
+        ]
+
+    @guarded(nothing)
+    def prove(self, engine_core: Any) -> None:
+        """Between two steps: the canary, as far as it is due (see engine.canary)."""
+        if self._canary is not None and self._uncached is None:
+            canary.prove(self._canary, engine_core)
 
     @property
     def lookups(self) -> Lookups:
@@ -145,7 +166,8 @@ class KVRayConnector(OffloadingConnector):
 
     @guarded(nothing)
     def _describe(self, request: Any) -> None:
-        shareable = support.is_shareable(request)
+        own = self._canary is not None and self._canary.is_own(request.request_id)
+        shareable = support.is_shareable(request) and not own
         salt: bytes | None = b""
         if (adapter := versions.lora_identity(request)) is not None:
             salt = self._adapters.salt(*adapter)
@@ -240,7 +262,7 @@ class KVRayConnector(OffloadingConnector):
 
     @guarded(nothing)
     def rest(self, engine_core: Any, is_wanted: Callable[[], bool]) -> None:
-        """Before a step: see engine.rest."""
+        """Before a step: see engine.steps."""
         if len(self._ledger) == 0 and not versions.computes(engine_core):
             self.lookups.rest(engine_core.scheduler.requests, is_wanted)
 
@@ -252,6 +274,23 @@ class KVRayConnector(OffloadingConnector):
     @guarded(nothing)
     def _note_step_end(self) -> None:
         self.lookups.step_ends(time.monotonic())
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, Any]:
+        self._note_end(request, (block_ids,))
+        answer: tuple[bool, Any] = super().request_finished(request, block_ids)
+        return answer
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, Any]:
+        self._note_end(request, block_ids)
+        answer: tuple[bool, Any] = super().request_finished_all_groups(request, block_ids)
+        return answer
+
+    @guarded(nothing)
+    def _note_end(self, request: Any, block_ids: tuple[list[int], ...]) -> None:
+        if self._canary is not None:
+            self._canary.request_ended(request.request_id, request.num_computed_tokens, block_ids)
 
     def has_pending_push_work(self) -> bool:
         # Jobs that a reset made stale are forgotten by vLLM, not by us: their slots come back
@@ -298,6 +337,7 @@ class KVRayConnector(OffloadingConnector):
             "uncached": self._uncached or self.faulted or lookups.faulted,
             "slot_bytes": dict(lookups.slot_bytes or {}),
             "pending": self.pending(),
+            "canary": None if self._canary is None else self._canary.snapshot(),
             "prefill_tokens_per_s": lookups.prefill_rate.tokens_per_s,
             "unacknowledged": client.snapshot()["unacknowledged"] if client is not None else 0,
             "counters": {**lookups.counters, **(client.counters if client is not None else {})},
@@ -340,6 +380,8 @@ class KVRayConnector(OffloadingConnector):
         """
         self._ledger.renew()
         self.lookups.renew(nonce, tainted=tainted)
+        if self._canary is not None:
+            self._canary.weights_change()
 
     # ---- in each worker
 

@@ -1,5 +1,5 @@
 """Hooks in EngineCore for what vLLM does not tell its connector: that the weights change, and that
-a step is about to begin (engine.rest).
+a step is about to begin (engine.steps).
 
 update_weights and reload_weights are plain collective_rpc calls, sleep drops or moves the weights,
 and an operator's own worker extension has names of its own. So EngineCore's two doors are wrapped,
@@ -11,7 +11,7 @@ import functools
 import logging
 from typing import Any
 
-from kvray.engine import rest
+from kvray.engine import steps
 
 logger = logging.getLogger("kvray.engine")
 
@@ -36,8 +36,9 @@ def install() -> None:
     EngineCore._kvray_hooked = True  # noqa: SLF001 (our own mark)
     _wrap_collective_rpc(EngineCore)
     _wrap_sleep(EngineCore)
+    _wrap_wake_up(EngineCore)
     _wrap_reset(Scheduler)
-    rest.install()
+    steps.install()
 
 
 def weight_changes(engine_core: Any) -> int:
@@ -61,9 +62,12 @@ def _wrap_collective_rpc(engine_core_class: Any) -> None:
 
     @functools.wraps(original)
     def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-        if changes_weights(method):
-            _before_change(self)
-        return original(self, method, *args, **kwargs)
+        if not changes_weights(method):
+            return original(self, method, *args, **kwargs)
+        _before_change(self)
+        answer = original(self, method, *args, **kwargs)
+        steps.prove(self)
+        return answer
 
     engine_core_class.collective_rpc = collective_rpc
 
@@ -78,6 +82,18 @@ def _wrap_sleep(engine_core_class: Any) -> None:
         return original(self, level, *args, **kwargs)
 
     engine_core_class.sleep = sleep
+
+
+def _wrap_wake_up(engine_core_class: Any) -> None:
+    original = engine_core_class.wake_up
+
+    @functools.wraps(original)
+    def wake_up(self: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = original(self, *args, **kwargs)
+        steps.prove(self)
+        return answer
+
+    engine_core_class.wake_up = wake_up
 
 
 def _wrap_reset(scheduler_class: Any) -> None:

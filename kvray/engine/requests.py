@@ -14,7 +14,7 @@ from kvray.node.client import Ticket
 # How long a miss is believed that was said before the scheduler asked. Whoever waits behind the
 # prefill of others waits for longer, and what was missing may have been stored meanwhile. Whoever
 # does not would only wait for the same answer again: a step without work, after which vLLM's
-# processes spin for a second (see engine.rest), beside the prefill that begins then.
+# processes spin for a second (see engine.steps), beside the prefill that begins then.
 FRESH_MISS_S = 0.1
 
 

@@ -16,6 +16,7 @@ from vllm.v1.kv_offload.base import (
 
 from kvray.config import EngineConfig, find_sockets
 from kvray.engine import metrics
+from kvray.engine.canary_rank import RankCanary
 from kvray.engine.discovery import socket_finder
 from kvray.engine.lookups import Lookups
 from kvray.engine.page_tables import PageTables
@@ -79,4 +80,5 @@ class KVRaySpec(OffloadingSpec):
             rank=rank,
             client=client,
             copies=copies,
+            canary=RankCanary(kv_caches, rank=rank),
         )

@@ -27,6 +27,7 @@ from vllm.v1.kv_offload.base import (
 from kvray.core.direction import Direction
 from kvray.core.durations import copy_counter
 from kvray.engine.arrivals import Arrivals
+from kvray.engine.canary_rank import RankCanary
 from kvray.engine.copier import Executor
 from kvray.engine.guard import guarded, nothing
 from kvray.engine.jobs import RankHandshake, SlotSpec
@@ -55,11 +56,13 @@ class Transfers(OffloadingWorker):
         rank: int,
         client: WorkerClient,
         copies: Copies,
+        canary: RankCanary,
     ) -> None:
         self.faulted: str | None = None
         self._groups = list(groups)
         self._rank = rank
         self._client = client
+        self.canary = canary
         self._copies_of_device = copies
         self._executor: Executor = copies.executor
         self._void_before = 0
@@ -181,6 +184,14 @@ class Transfers(OffloadingWorker):
         return TransferResult(
             job_id, success=True, transfer_size=copied_bytes, transfer_time=seconds
         )
+
+    @guarded(lambda *_: False)
+    def write_canary(self, spec: SlotSpec) -> bool:
+        """Whether this rank's part of the canary is in these slots now."""
+        session = self._client.session_for(spec.slab_id)
+        if session is None or session.slab is None:
+            return False
+        return self.canary.write(session.slab, spec)
 
     def wait(self, job_ids: set[int]) -> None:
         """Returns when none of these copies is under way. The one wait of the engine for kvray

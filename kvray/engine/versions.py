@@ -7,7 +7,7 @@ gathered here too: what breaks with a new release breaks in this file.
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvray.errors import MissingPackageError, NotAttachedError
@@ -201,3 +201,50 @@ def offload_key(block_hash: bytes, *, group: int) -> bytes:
     from vllm.v1.kv_offload.base import make_offload_key
 
     return bytes(make_offload_key(block_hash, group))
+
+
+# ---- requests of kvray's own (the canary)
+
+
+def may_compute(engine_core: Any) -> bool:
+    """Whether a request that is added now is computed: not while the scheduler is paused or the
+    engine sleeps.
+    """
+    return not engine_core.is_sleeping()
+
+
+def add_own_request(engine_core: Any, req_id: str, tokens: Sequence[int], *, salt: str) -> None:
+    """Have one token computed after these. Its output goes to the front end, which drops it, since
+    it knows no such request.
+    """
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.request import Request
+
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, ignore_eos=True)
+    engine_core.add_request(
+        Request(
+            request_id=req_id,
+            prompt_token_ids=list(tokens),
+            sampling_params=sampling,
+            pooling_params=None,
+            cache_salt=salt,
+            block_hasher=engine_core.request_block_hasher,
+        )
+    )
+
+
+def has_others(engine_core: Any, is_own: Callable[[str], bool]) -> bool:
+    """Whether the scheduler has a request that is not kvray's own."""
+    return not all(map(is_own, engine_core.scheduler.requests))
+
+
+def step(engine_core: Any) -> None:
+    """One step, as vLLM's own loop takes it; for requests whose outputs nobody waits for."""
+    _, model_executed = engine_core.step_fn()
+    engine_core.post_step(model_executed)
+
+
+def forget_blocks(engine_core: Any, block_ids: Sequence[Sequence[Sequence[int]]]) -> None:
+    """Drop these from the device's prefix cache; 0 is vLLM's null block."""
+    ids = {block for groups in block_ids for group in groups for block in group} - {0}
+    engine_core.scheduler.kv_cache_manager.block_pool.evict_blocks(ids)

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.heavy, pytest.mark.engine]
 TOKENS = 6_000
 CHUNK_BYTES = 1 << 20  # of the tiny model
 FETCHES = 20
-MAX_HELD_STEPS = 3  # the first one, and where the NodeStore takes longer than engine.rest listens
+MAX_HELD_STEPS = 3  # the first one, and where the NodeStore takes longer than an engine listens
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@ that failed is named. Method: vLLM's classes of jobs, a real client on a real so
 and no engine. The GPU is the host's: see tests/gpu/host_cuda.c.
 """
 
+import ctypes
 import os
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from vllm.v1.kv_offload.base import GPULoadStoreSpec
 from kvray.core.direction import Direction
 from kvray.core.effects import Place
 from kvray.core.messages import Bye
+from kvray.engine.canary_rank import RankCanary
 from kvray.engine.jobs import SlotSpec
 from kvray.engine.pieces import group_pages
 from kvray.engine.transfers import Transfers
@@ -44,7 +46,13 @@ class Worker:
         self.cache = Caches(SHAPE, "bf16", BLOCKS, "cpu")
         self.groups = group_pages(self.cache.canonical(), blocks_per_chunk=4)
         self.copies = copies
-        self.transfers = Transfers(groups=self.groups, rank=0, client=client, copies=copies)
+        self.transfers = Transfers(
+            groups=self.groups,
+            rank=0,
+            client=client,
+            copies=copies,
+            canary=RankCanary(self.cache.canonical(), rank=0),
+        )
         session = client.wait_session(PATIENCE_S)
         assert session is not None
         copies.meet(session)
@@ -62,6 +70,10 @@ class Worker:
             [(place.slot, place.generation, place.offset) for place in places],
             [place.bytes for place in places],
         )
+
+    def content(self, place: Place) -> bytes:
+        slab = self.slab.map()
+        return ctypes.string_at(slab.address + place.offset, place.bytes)
 
     def ended(self, job_id: int) -> set[int]:
         """Waits for it; which jobs have failed."""
@@ -113,6 +125,30 @@ def test_a_job_of_vllm_moves_its_blocks(worker: Worker) -> None:
     assert transfers.take_failed_blocks() == set()
     assert transfers.faulted is None
     assert sum(transfers.take_copies().values()) == 2
+
+
+def test_a_canary_lies_in_its_slots_as_a_store_of_its_blocks_would(worker: Worker) -> None:
+    cache, transfers = worker.cache, worker.transfers
+    cache.randomize(worker.random)
+    stored, written = worker.reserve(), worker.reserve()
+    assert transfers.submit_store(1, blocks(STORED), worker.slots(stored))
+    transfers.wait({1})
+    assert worker.ended(1) == set()
+    chunks = [[list(STORED[:4]), list(STORED[4:])]]
+
+    first = transfers.canary.take(chunks, ["bfloat16"], keep=True)
+    again = transfers.canary.take(chunks, ["bfloat16"], keep=False)
+    cache.randomize(worker.random)
+    other = transfers.canary.take(chunks, ["bfloat16"], keep=False)
+
+    assert transfers.write_canary(worker.slots(written))
+    for place, twin in zip(stored, written, strict=True):
+        assert worker.content(place) == worker.content(twin)
+    assert again.digest == first.digest
+    assert again.distance == 0.0
+    assert other.digest != first.digest
+    assert other.distance is not None
+    assert other.distance > 0.5  # nothing of it is alike
 
 
 def test_a_load_of_slots_that_were_given_away_is_named(worker: Worker) -> None:
