@@ -1,7 +1,8 @@
-"""python -m tests.mutants [--only NAME] [--jobs J] [--json]: plants each bug, and none survives.
+"""python -m tests.mutants [--only NAME] [--jobs J] [--simulator-only] [--json]
 
-Ends with 1 if a check did not see its bug, or if a bug could not be planted. --json: the last line
-is one JSON object.
+Plants each bug, and none survives. Ends with 1 if a check did not see its bug, or if a bug could
+not be planted. --simulator-only: instead of a bug's own check, up to 200 seeds of the simulator,
+which can not see all of them. --json: the last line is one JSON object.
 """
 
 import argparse
@@ -15,10 +16,13 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from tests.mutants.bugs import BUGS, Mutant
+from tests.mutants.bugs import BUGS
+from tests.mutants.mutant import Mutant, simulated
 from tests.mutants.plant import ANCHOR_LOST
 
 CHECK_LIMIT_S = 240.0  # the slowest takes a third of it; a bug that makes a check hang is caught
+SIMULATOR_SEEDS = 200
+SIMULATOR_LIMIT_S = 900.0  # all of them take 300 s; what makes a seed hang is not told apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,7 @@ class Verdict:
     """why: the line that gave the bug away, or what went wrong."""
 
     mutant: Mutant
+    check: tuple[str, ...]
     caught: bool
     why: str
     took_s: float
@@ -35,6 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("--only", help="those whose name contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--simulator-only", action="store_true", help="no other check")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
     chosen = [mutant for mutant in BUGS if (options.only or "") in mutant.name]
@@ -42,7 +48,7 @@ def main() -> int:
     begun_s = time.perf_counter()
     verdicts: list[Verdict] = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for verdict in pool.map(judge, chosen):
+        for verdict in pool.map(simulate if options.simulator_only else judge, chosen):
             verdicts.append(verdict)
             _tell(console, verdict)
     caught = sum(verdict.caught for verdict in verdicts)
@@ -56,29 +62,42 @@ def main() -> int:
 
 def judge(mutant: Mutant) -> Verdict:
     """Plant it in a process of its own and run its check there."""
-    begun_s = time.perf_counter()
-    command = [sys.executable, "-m", "tests.mutants.plant", mutant.name]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=CHECK_LIMIT_S, check=False
-        )
+        return _run(mutant, mutant.check, CHECK_LIMIT_S)
     except subprocess.TimeoutExpired:
-        return Verdict(mutant, caught=True, why="its check hangs", took_s=CHECK_LIMIT_S)
+        return Verdict(mutant, mutant.check, caught=True, why="it hangs", took_s=CHECK_LIMIT_S)
+
+
+def simulate(mutant: Mutant) -> Verdict:
+    """The same with seeds of the simulator."""
+    check = simulated(SIMULATOR_SEEDS)
+    try:
+        return _run(mutant, check, SIMULATOR_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return Verdict(mutant, check, caught=False, why="too slow", took_s=SIMULATOR_LIMIT_S)
+
+
+def _run(mutant: Mutant, check: tuple[str, ...], limit_s: float) -> Verdict:
+    begun_s = time.perf_counter()
+    command = [sys.executable, "-m", "tests.mutants.plant", mutant.name, *check]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
     took_s = time.perf_counter() - begun_s
     if done.returncode == ANCHOR_LOST:
-        return Verdict(mutant, caught=False, why=f"not planted: {done.stderr}", took_s=took_s)
+        why = f"not planted: {done.stderr}"
+        return Verdict(mutant, check, caught=False, why=why, took_s=took_s)
     # 1 is the verdict of the simulator and of pytest; anything else is no verdict.
     caught = done.returncode == 1 and any(sign in done.stdout for sign in ("fails after", "failed"))
     lines = [line.strip() for line in done.stdout.splitlines()]
     telling = [line for line in lines if "fails after" in line]  # which seed
     telling += [line for line in lines if "Error" in line][-1:]
     why = " ".join(telling) or done.stderr[-500:]
-    return Verdict(mutant, caught=caught, why=why if caught else f"SURVIVES {why}", took_s=took_s)
+    why = why if caught else f"SURVIVES {why}"
+    return Verdict(mutant, check, caught=caught, why=why, took_s=took_s)
 
 
 def _tell(console: Console, verdict: Verdict) -> None:
     sign = "caught" if verdict.caught else "NOT CAUGHT"
-    check = " ".join(verdict.mutant.check)
+    check = " ".join(verdict.check)
     console.print(
         f"{sign}  {verdict.mutant.name}\n    by {check}, {verdict.took_s:.0f} s\n    {verdict.why}",
         markup=False,

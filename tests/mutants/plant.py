@@ -1,4 +1,4 @@
-"""python -m tests.mutants.plant NAME: plants one bug in this process, then runs the mutant's check.
+"""python -m tests.mutants.plant NAME CHECK...: plants one bug in this process, then runs the check.
 
 The source of one module is changed while it is loaded, before anything else imports it. A text that
 is not there exactly once ends it with ANCHOR_LOST: the list of bugs has to follow the code.
@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from tests.mutants.bugs import BUGS, Mutant
+from tests.mutants.bugs import BUGS
+from tests.mutants.mutant import Mutant
 
 ANCHOR_LOST = 77
 
@@ -55,7 +56,7 @@ def main() -> None:
     (mutant,) = (mutant for mutant in BUGS if mutant.name == sys.argv[1])
     assert not [name for name in sys.modules if name.startswith("kvray.core")]
     sys.meta_path.insert(0, _Planter(mutant))
-    module, *arguments = mutant.check
+    module, *arguments = sys.argv[2:]
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -22,6 +22,15 @@ if TYPE_CHECKING:
     from tests.sim.world import World
 
 
+SLOW_STEPS_US = (5_000, 30_000, 200_000, 600_000)
+FEWEST_PIECES = 2  # that a step copies
+
+
+def longest_load_us(block_count: int) -> int:
+    """What the slowest worker needs, and to compare the headers."""
+    return (block_count * PIECES // FEWEST_PIECES + 2) * SLOW_STEPS_US[-1]
+
+
 class Done(Protocol):
     """How a copy has ended."""
 
@@ -86,7 +95,7 @@ class Worker:
         """Until the next pieces of a copy."""
         world = self._world
         if is_slow or world.schedule.now_us < self.slow_until_us:
-            return world.random.choice((5_000, 30_000, 200_000, 600_000))
+            return world.random.choice(SLOW_STEPS_US)
         return world.random.randrange(30, 1_500)
 
     def die(self) -> None:
@@ -128,7 +137,7 @@ class _Store:
         fails = world.hits("copy_failed", worker.client.name)
         self._fails_at = world.random.randrange(len(self._steps)) if fails else -1
         self._is_slow = is_slow or world.hits("copy_slow", worker.client.name, "store")
-        self._pieces_a_step = world.random.choice((2, 4, 8))
+        self._pieces_a_step = world.random.choice((FEWEST_PIECES, 4, 8))
         world.schedule.after(worker.delay_us(is_slow=self._is_slow), self._step)
 
     def _step(self) -> None:
@@ -164,7 +173,7 @@ class _Load:
         self._got = [bytearray(block.bytes) for block in blocks]
         self._steps = [(n, piece) for n in range(len(blocks)) for piece in range(PIECES)]
         self._is_slow = worker.world.hits("copy_slow", worker.client.name, "load")
-        self._pieces_a_step = worker.world.random.choice((2, 4, 8))
+        self._pieces_a_step = worker.world.random.choice((FEWEST_PIECES, 4, 8))
         worker.world.schedule.after(worker.delay_us(is_slow=self._is_slow), self._step)
 
     def _step(self) -> None:

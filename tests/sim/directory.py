@@ -43,6 +43,7 @@ class Directory:
         self._dead: dict[NodeId, Epoch] = {}  # the greatest one
         self._heard_ms: dict[NodeId, int] = {}  # any word of it
         self._told_ms: dict[NodeId, tuple[int, int]] = {}  # its last two heartbeat periods
+        self._numbers: dict[tuple[NodeId, Epoch], int] = {}  # the greatest one of its announces
 
     def start(self) -> None:
         """Empty, with a greater term."""
@@ -52,6 +53,7 @@ class Directory:
         quiet_after_ms = QUIET_TOO_SOON_MS if self._term % 2 else QUIET_AFTER_MS
         self.core = DirectoryCore(Term(self._term), DirectoryLimits(quiet_after_ms=quiet_after_ms))
         self._told_ms.clear()
+        self._numbers.clear()
         self._alive.clear()
         self._dead.clear()
         self._world.note("directory", "starts", f"term {self._term}")
@@ -86,6 +88,7 @@ class Directory:
         reply: Reply
         if isinstance(message, NodeHello):
             self._heard_ms[message.info.node_id] = now_ms
+            self._count(message.info.node_id, message.info.epoch, message.sequence)
             reply = core.on_hello(message, now_ms)
             if reply.accepted_epoch == message.info.epoch:
                 self._told(message.info.node_id, reply.heartbeat_period_ms)
@@ -94,11 +97,15 @@ class Directory:
         elif isinstance(message, Announce):
             self._heard_ms[message.node_id] = now_ms
             reply = core.on_announce(message, now_ms)
-            if reply.status in (AnnounceStatus.OK, AnnounceStatus.RESYNC):
-                self._told(message.node_id, reply.heartbeat_period_ms)
             self._follow(core)
+            is_believed = reply.status in (AnnounceStatus.OK, AnnounceStatus.RESYNC)
             if message.epoch <= self._dead.get(message.node_id, 0):
                 assert reply.status is AnnounceStatus.BURIED, "a buried node is believed"
+            if message.term != self._term:
+                assert not is_believed, "what was said to another directory is believed"
+            if is_believed:
+                self._told(message.node_id, reply.heartbeat_period_ms)
+                self._follow_number(message)
             core.check_roster()
             reply = self._hinted(core, message, reply)
         else:
@@ -108,6 +115,18 @@ class Directory:
                 assert self._alive.get(node_id) == epoch, "a location of a buried epoch"
                 assert node_id != message.node_id, "the asker is told of itself"
         return reply
+
+    def _follow_number(self, announce: Announce) -> None:
+        """What is not answered is said again, so no number of an epoch is ever missing, and none of
+        the changes that came with it.
+        """
+        before = self._numbers.get((announce.node_id, announce.epoch), 0)
+        assert announce.sequence <= before + 1, "an announce is lost for good"
+        self._count(announce.node_id, announce.epoch, announce.sequence)
+
+    def _count(self, node_id: NodeId, epoch: Epoch, number: int) -> None:
+        before = self._numbers.get((node_id, epoch), 0)
+        self._numbers[node_id, epoch] = max(before, number)
 
     def _told(self, node_id: NodeId, period_ms: int) -> None:
         """A member has been told it. Others are told, too, but nobody waits for their heartbeat."""

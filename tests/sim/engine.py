@@ -70,6 +70,13 @@ class Engine:
         period_us = world.profile.request_period_us
         world.schedule.after(random.randrange(period_us // 10, 2 * period_us), self._next)
 
+    def ask_again(self, prompts: list[list[BlockKey]]) -> None:
+        """What others were asked before it."""
+        if self.is_dead or self.is_stopping or not self.client.is_connected:
+            return
+        for keys in prompts:
+            self.begin(keys)
+
     def begin(
         self, keys: list[BlockKey], *, deadline_ms: int | None = None, fetch: bool | None = None
     ) -> Request:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _PARTITIONS_US = (100_000, 700_000, 2_000_000, 5_000_000)
 MAX_TAKEN_OVER, TAKE_OVER_MS = 8, 1_000
+LONG_AWAY_US = 5_000_000  # > SESSION_GRACE_MS, by every clock
 _FREEZES_US = (200_000, 1_000_000, 4_000_000)
 
 
@@ -44,6 +45,7 @@ class Faults:
             "clear": self._clear,
             "drain": self._drain,
             "wrong_death_notice": self._wrong_notice,
+            "old_hello": self._repeat_old_hello,
         }
         for kind, doer in doers.items():
             self._next(kind, doer)
@@ -115,6 +117,10 @@ class Faults:
         machine = self._machine()
         self._world.directory.wrong_notice(machine.node_id)
         return machine.name
+
+    def _repeat_old_hello(self) -> str | None:
+        """It was under way for long: its node may be buried by now, or another epoch."""
+        return self._world.network.repeat_hello()
 
     # -- nodes -----------------------------------------------------------------------------------
 
@@ -208,10 +214,16 @@ class Faults:
         return engine.name
 
     def _lose_session_for_long(self) -> str | None:
+        """It is given up, and those who asked it for something ask the others on its node."""
         engine = self._engine()
         if engine is None:
             return None
-        engine.client.lose_session(away_us=5_000_000)
+        engine.client.lose_session(away_us=LONG_AWAY_US)
+        delay_us = self._random.randrange(LONG_AWAY_US - 1_500_000, LONG_AWAY_US)
+        for other in self._world.engines:
+            if other is not engine and other.machine is engine.machine:
+                prompts = [request.keys for request in engine.requests]
+                self._world.schedule.after(delay_us, other.ask_again, prompts)
         return engine.name
 
     def _slow_engine(self) -> str | None:

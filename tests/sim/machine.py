@@ -35,6 +35,8 @@ class Machine:
     def start(self) -> None:
         """A NodeStore starts, unless one is there."""
         if self.process is None:
+            if self.world.hits("extent_damaged", self.name):
+                self.slab.damage_extent(self.world.random)
             self.process = NodeProcess(self)
             self.process.begin()
 

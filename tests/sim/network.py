@@ -4,6 +4,7 @@ Each message finds its own way: it may be lost, come twice, late or after a late
 loses what is sent over it; a one-sided read that needs it stands still (sim.link).
 """
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 from kvray.core.codec import decode, encode
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from tests.sim.world import World
 
 DIRECTORY = "directory"
+KEPT_HELLOS = 16
 _Reply = NodeHelloReply | AnnounceReply | LocateReply
 
 
@@ -33,6 +35,8 @@ class Network:
         self._world = world
         self._cuts: dict[tuple[str, str], int] = {}  # (from, to), how many partitions cut it
         self._latest_us: dict[str, int] = {}  # by node: when its latest message is there
+        # The last ones, of whatever epoch. Their answers are lost.
+        self._hellos: deque[tuple[str, bytes]] = deque(maxlen=KEPT_HELLOS)
 
     def is_cut(self, one: str, other: str) -> bool:
         """Whether something one of them needs from the other can not come."""
@@ -62,6 +66,8 @@ class Network:
         world.note(caller.name, "calls", call.call_id, type(call.message).__name__)
         if world.hits("call_dropped", caller.name, call.call_id):
             return
+        if isinstance(call.message, NodeHello):
+            self._hellos.append((caller.name, data))
         delays_us = [self._delay_us("call_delayed", caller.name)]
         if world.hits("call_duplicated", caller.name, call.call_id):
             delays_us.append(self._delay_us("call_delayed", caller.name))
@@ -74,6 +80,15 @@ class Network:
                 world.count("call_overtaken")
             self._latest_us[caller.name] = max(at_us, self._latest_us.get(caller.name, 0))
             world.schedule.at(at_us, self._arrive, caller, call.call_id, data)
+
+    def repeat_hello(self) -> str | None:
+        """One that was said some time ago arrives once more. Whose, if it does."""
+        directory = self._world.directory
+        if not self._hellos or directory.core is None:
+            return None
+        name, data = self._world.random.choice(self._hellos)
+        directory.answer(decode(data, max_bytes=MAX_CALL_BYTES, expect=NodeHello))
+        return name
 
     def _arrive(self, caller: "NodeProcess", call_id: int, data: bytes) -> None:
         world = self._world

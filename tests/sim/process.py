@@ -25,7 +25,10 @@ from kvray.core.effects import MarkGeneration, WriteExtent, WriteHeader
 from kvray.core.ids import BlockKey, ClientId, Epoch, ReadId
 from kvray.core.messages import (
     MAX_MESSAGE_BYTES,
+    Abandon,
+    Ack,
     Bye,
+    Commit,
     Hello,
     LocalRequest,
     Lookup,
@@ -141,6 +144,8 @@ class NodeProcess(Shell):
                 self.promises.on_lookup(client_id, message, now_ms)
             elif isinstance(message, Unpin):
                 self.promises.drop((client_id, message.lookup_op))
+            elif isinstance(message, (Commit, Abandon)):
+                self.promises.on_copied(client_id, message)
             elif isinstance(message, Bye):
                 self.promises.end_client(client_id)
         return self.core.on_message(session.session_id, message, now_ms)
@@ -259,6 +264,8 @@ class NodeProcess(Shell):
             message = command.message
             if isinstance(message, (LookupReply, LookupUpdate)):
                 self.promises.on_reply(self.clients[command.session_id], message)
+            elif isinstance(message, Ack):
+                self.promises.on_ack(self.clients[command.session_id], message.op)
             if session is not None:
                 session.to_client(encode(message), self.watched_slab)
             return

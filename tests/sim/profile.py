@@ -43,12 +43,13 @@ RATES = {
     "engine_crash": 0.20,
     "engine_bye": 0.05,
     "session_lost": 0.25,
-    "session_long_lost": 0.05,
+    "session_long_lost": 0.10,
     "engine_slow": 0.15,
     "hog": 0.15,
     "clear": 0.05,
     "drain": 0.10,
     "wrong_death_notice": 0.10,
+    "old_hello": 0.20,
 }
 # How likely, each time there is one.
 CHANCES = {
@@ -67,6 +68,9 @@ CHANCES = {
     "said_twice": 0.05,
     "said_late": 0.05,
     "gave_up_early": 0.05,
+    "hello_confused": 0.1,
+    "other_size": 0.05,
+    "extent_damaged": 0.2,
 }
 
 

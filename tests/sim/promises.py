@@ -1,4 +1,5 @@
-"""What one life of a NodeStore has told its clients, kept from its own words: pins and waits.
+"""What one life of a NodeStore has told its clients, kept from its own words: pins and waits, and
+that what a client has copied, or has given up, is nobody's any more.
 
 Not from the core's books, so that a core that forgets what it has said is found out.
 """
@@ -6,11 +7,11 @@ Not from the core's books, so that a core that forgets what it has said is found
 from dataclasses import dataclass
 
 from kvray.core import clients
-from kvray.core.codec import unpack_slots
+from kvray.core.codec import unpack_keys, unpack_slots
 from kvray.core.commands import Waiter
-from kvray.core.ids import ClientId, Generation, SlotIndex, SlotState
+from kvray.core.ids import BlockKey, ClientId, Generation, OpId, SlotIndex, SlotState
 from kvray.core.lookups import MAX_WAIT_MS
-from kvray.core.messages import KeyState, Lookup, LookupReply, LookupUpdate
+from kvray.core.messages import Abandon, Commit, KeyState, Lookup, LookupReply, LookupUpdate
 from tests.sim.slabs import WatchedSlab
 
 
@@ -28,6 +29,8 @@ class Promises:
         self._pins: dict[Waiter, list[tuple[SlotIndex, Generation]]] = {}
         self._asked: dict[Waiter, int] = {}  # deadlines of lookups that are not answered
         self._waits: dict[Waiter, _Wait] = {}
+        self._wanted: dict[Waiter, list[tuple[BlockKey, int]]] = {}  # keys and bytes of lookups
+        self._copied: dict[Waiter, list[tuple[SlotIndex, Generation]]] = {}  # and not acknowledged
         self._silent_since_ms: dict[ClientId, int] = {}
         slab.pins.clear()
 
@@ -40,13 +43,26 @@ class Promises:
     def on_lookup(self, client_id: ClientId, lookup: Lookup, now_ms: int) -> None:
         self.drop((client_id, lookup.op))
         self._asked[client_id, lookup.op] = now_ms + min(lookup.deadline_ms, MAX_WAIT_MS)
+        sizes: list[int] = []
+        for length, size in zip(lookup.run_lengths, lookup.run_slot_bytes, strict=True):
+            sizes += [size] * length
+        self._wanted[client_id, lookup.op] = list(zip(unpack_keys(lookup.keys), sizes, strict=True))
 
     def on_reply(self, client_id: ClientId, reply: LookupReply | LookupUpdate) -> None:
         waiter = (client_id, reply.op)
         rows = unpack_slots(reply.slots)
-        placed = [state for state in reply.states if state in (KeyState.HIT, KeyState.COMING)]
-        for state, (slot, generation, _) in zip(placed, rows, strict=True):
+        count = len(reply.states)
+        indices = range(count) if isinstance(reply, LookupReply) else reply.indices
+        placed = [
+            (index, state)
+            for index, state in zip(indices, reply.states, strict=True)
+            if state in (KeyState.HIT, KeyState.COMING)
+        ]
+        for (index, state), (slot, generation, _) in zip(placed, rows, strict=True):
             assert self._slab.rows[slot][1] == generation, "a slot that is another's"
+            row = self._slab.headers[slot]
+            found = (row["key"].tobytes(), row["bytes"])
+            assert found == self._wanted[waiter][index], "not what was asked for"
             if state == KeyState.HIT:
                 assert self._slab.rows[slot][0] is SlotState.READY, "a HIT that is not there"
                 self._slab.pins[slot] = self._slab.pins.get(slot, 0) + 1
@@ -65,8 +81,22 @@ class Promises:
             if not wait.keys:
                 del self._waits[waiter]
 
+    def on_copied(self, client_id: ClientId, said: Commit | Abandon) -> None:
+        """A client writes into these no more."""
+        if said.slots and said.slab_id == self._slab.slab_id:
+            places = [(slot, generation) for slot, generation, _ in unpack_slots(said.slots)]
+            self._copied[client_id, said.op] = places
+
+    def on_ack(self, client_id: ClientId, op: OpId) -> None:
+        """The NodeStore has taken note of it."""
+        for slot, generation in self._copied.pop((client_id, op), ()):
+            state, now = self._slab.rows[slot]
+            is_over = now != generation or state in (SlotState.READY, SlotState.ABSENT)
+            assert is_over, f"{state.name} still, and its writer has said that it has ended"
+
     def drop(self, waiter: Waiter) -> None:
         """Unpin, or the end of the client."""
+        self._wanted.pop(waiter, None)
         self._waits.pop(waiter, None)
         self._asked.pop(waiter, None)
         for slot, _ in self._pins.pop(waiter, ()):
@@ -92,8 +122,10 @@ class Promises:
     def end_client(self, client_id: ClientId) -> None:
         """Bye, or gone."""
         self.end_waits(client_id)
-        for waiter in [waiter for waiter in self._pins if waiter[0] == client_id]:
+        for waiter in [waiter for waiter in self._wanted if waiter[0] == client_id]:
             self.drop(waiter)
+        for waiter in [waiter for waiter in self._copied if waiter[0] == client_id]:
+            del self._copied[waiter]
 
     def lapse(self, now_ms: int) -> None:
         """Pins of clients that have been silent for the grace end now."""

@@ -19,7 +19,7 @@ from kvray.core.messages import (
     ReserveReply,
 )
 from tests.shells import BLOCK_BYTES, Slot, key
-from tests.sim.copies import Block
+from tests.sim.copies import Block, longest_load_us
 
 if TYPE_CHECKING:
     from tests.sim.engine import Engine
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # What the engine says that one block takes it: mostly nothing yet, or so little that no fetch pays.
 COMPUTE_US = (0, 0, 0, 20_000, 50)
 OVERDUE_US = 800_000  # beyond the deadline, by a clock that is not the NodeStore's
+STEP_US = 100_000  # of a scheduler, and a slow one
 
 
 def bytes_of(block: BlockKey) -> int:
@@ -48,6 +49,8 @@ class Request:
         self.keys = keys
         self.is_slow = False
         self.loaded = 0  # blocks, by a load that has succeeded
+        self._has_other_sizes = False  # than its blocks have: all of it is a miss
+        self._held_until_us: int | None = None  # the limit of a wait, for an answer or for a load
         self.ended = False
         client = engine.client
         assert client.slab is not None
@@ -69,13 +72,14 @@ class Request:
         # At the end of a run every fetch is worth it: it is looked whether they come about.
         is_over = self.engine.is_stopping
         compute_us = 0 if is_over else COMPUTE_US[self._op % len(COMPUTE_US)]
+        self._has_other_sizes = world.hits("other_size", self.engine.name)
         runs = _runs(self.keys)
         message = Lookup(
             self._op,
             pack_keys(self.keys),
             [len(run) for run in runs],
             [True] * len(runs),
-            [bytes_of(run[0]) for run in runs],
+            [self._bytes_of(run[0]) for run in runs],
             deadline_ms,
             fetch=fetch,
             key_compute_us=compute_us,
@@ -84,6 +88,7 @@ class Request:
             self.end()
             return
         world.schedule.after(OVERDUE_US + deadline_ms * 1_000, self._overdue)
+        self._held_until_us = self._deadline_us + OVERDUE_US + 2 * STEP_US
         if world.hits("gave_up_early", self.engine.name):
             world.schedule.after(world.random.randrange(1, 200_000), self._give_up)
 
@@ -135,6 +140,7 @@ class Request:
         if self._went_on:
             return
         self._went_on = True
+        self._held_until_us = None
         hits = 0
         while hits < len(self._states) and self._states[hits] in (KeyState.HIT, KeyState.COMING):
             hits += 1
@@ -145,8 +151,13 @@ class Request:
         if not hits:
             self._loaded([], ok=True)
             return
-        blocks = [Block(k, self._places[i], bytes_of(k)) for i, k in enumerate(self.keys[:hits])]
+        blocks = [
+            Block(k, self._places[i], self._bytes_of(k)) for i, k in enumerate(self.keys[:hits])
+        ]
         node = self.engine.client.node
+        now_us = self.engine.world.schedule.now_us
+        begins_us = max(now_us, self._deadline_us)  # by then all that comes has come
+        self._held_until_us = begins_us + longest_load_us(hits) + 2 * STEP_US
         self.engine.worker.load(
             self.slab_id,
             blocks,
@@ -155,6 +166,7 @@ class Request:
         )
 
     def _loaded(self, blocks: list[Block], *, ok: bool, node: object = None) -> None:
+        self._held_until_us = None
         count = len(blocks)
         engine = self.engine
         if engine.is_dead:
@@ -177,10 +189,14 @@ class Request:
             assert not must, "a load of pinned blocks has failed"
         self._unpin()
         missing = self.keys[count if ok else 0 :]
-        if missing and ok:
+        if missing and ok and not self._has_other_sizes:
             self.reserve(missing)
         else:
             self.end()
+
+    def _bytes_of(self, block: BlockKey) -> int:
+        """What it asks for."""
+        return 3 * BLOCK_BYTES - bytes_of(block) if self._has_other_sizes else bytes_of(block)
 
     @property
     def _waiter(self) -> tuple[ClientId, OpId]:
@@ -238,7 +254,16 @@ class Request:
             client.abandon(self.slab_id, places)
         self.end()
 
+    def check(self) -> None:
+        """After any fault it is computed, or ends, within its deadline and two steps; a load that
+        has begun then has the time that the slowest worker needs for its bytes.
+        """
+        limit_us = self._held_until_us
+        now_us = self.engine.world.schedule.now_us
+        assert limit_us is None or now_us <= limit_us, "a request is held for ever"
+
     def end(self) -> None:
+        self._held_until_us = None
         if not self.ended:
             self.ended = True
             if self in self.engine.requests:

@@ -201,6 +201,12 @@ class Client:
             return
         self._session = Session(self, node, world.new_session())
         slab_id = self.slab.slab_id if self.slab is not None else SlabId(b"")
+        if world.hits("hello_confused", self.name):
+            # It does not know any more which slab it has, until it says hello once more.
+            slab_id = SlabId(b"")
+            world.schedule.after(
+                world.random.randrange(1_000, 1_000_000), self._renew, self._session
+            )
         rows = [place for (of, _, _), place in self.writing.items() if of == slab_id]
         self._session.to_node(
             Hello(
@@ -214,6 +220,10 @@ class Client:
                 pack_slots((slot, generation, 0) for slot, generation, _ in rows),
             )
         )
+
+    def _renew(self, session: Session) -> None:
+        if self._session is session:
+            self.lose_session()
 
     def hear(self, answer: LocalAnswer, slab: WatchedSlab) -> None:
         if self.is_dead:

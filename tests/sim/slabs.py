@@ -94,6 +94,25 @@ class WatchedSlab(Slab):
             as_words[word] = old_words[word]
         self.rows[effect.slot] = (SlotState(int(row["state"])), Generation(int(row["generation"])))
 
+    def damage_extent(self, random: Random) -> None:
+        """While nobody works on it: other words in the descriptor of an extent, but not of one into
+        which somebody may be writing: such a slot is known by its header, which has to fit.
+        """
+        slots_per_extent = self.geometry.slots_per_extent
+        extents = []
+        for extent in range(self.geometry.extent_count):
+            rows = self.rows[extent * slots_per_extent : (extent + 1) * slots_per_extent]
+            states = {state for state, _ in rows}
+            if self.extents[extent]["slot_bytes"] and states <= {SlotState.ABSENT, SlotState.READY}:
+                extents.append(extent)
+        if not extents:
+            return
+        row = self.extents[random.choice(extents)]
+        if random.randrange(2):
+            row["extent_generation"] = random.choice((0, random.randrange(1, 1 << 12), 1 << 63))
+        else:
+            row["slot_bytes"] = random.choice((0, 4_096, 8_192, 12_288, 1 << 40, 17))
+
     def piece(self, offset: int, piece_bytes: int) -> bytes:
         return bytes(self.memory[offset : offset + piece_bytes])
 
@@ -116,6 +135,7 @@ class WatchedSlab(Slab):
                 block = row["key"].tobytes()
                 assert block not in keys, "two READY slots of one key"
                 keys.add(block)
+                self._hold_to_extent(slot, row)
                 self._hold_to_stamp(block, int(row["offset"]), int(row["bytes"]))
 
     # -- private ---------------------------------------------------------------------------------
@@ -156,6 +176,12 @@ class WatchedSlab(Slab):
         stop = effect.offset + effect.bytes
         for page in range(effect.offset // PAGE_BYTES, (stop - 1) // PAGE_BYTES + 1):
             assert page not in self.writings, f"{effect.state.name} while somebody may write"
+
+    def _hold_to_extent(self, slot: int, row: np.void) -> None:
+        """A header is believed only while the descriptor of its extent says the same."""
+        extent = self.extents[slot // self.geometry.slots_per_extent]
+        assert row["extent_generation"] == extent["extent_generation"], "of another cut"
+        assert int(row["bytes"]) <= int(extent["slot_bytes"]), "larger than its slot"
 
     def _hold_to_stamp(self, block: bytes, offset: int, size: int) -> None:
         held = self.memory[offset : offset + size]

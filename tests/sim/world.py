@@ -64,6 +64,9 @@ class World:
                 machine.process.check()
         if self.directory.core is not None:
             self.directory.core.check()
+        for engine in self.engines:
+            for request in engine.requests:
+                request.check()
 
     # -- dice and story --------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """What a node and the directory say to each other, when calls and answers go astray."""
 
 import msgspec
+import pytest
 
 from kvray.core.ids import NodeId
 from kvray.core.messages import Announce, AnnounceReply, NodeHello, RosterNews
@@ -95,6 +96,37 @@ def test_an_answer_that_comes_twice_acknowledges_one_announce_only() -> None:
     cluster.now_ms += 1_000
     node.tick()
     assert the_announce(cluster)[1] == second
+
+
+@pytest.mark.parametrize("arrives", [False, True])
+def test_an_announce_that_fails_is_said_again_word_for_word(arrives: bool) -> None:  # noqa: FBT001
+    """Goal: what was drained from the store is told once more, whether the directory has heard it
+    or not; no number is left out, or the directory would ask for the whole set.
+    """
+    cluster = Cluster.of("a", "b")
+    node, engine = cluster["a"], Engine(cluster["a"])
+    cluster.pass_ms(2_000)
+    assert cluster.directory is not None
+    gaps = cluster.directory.snapshot()["counts"]["gaps"]
+    engine.store(key(1))
+    cluster.now_ms += 5
+    node.tick()
+    call_id, said = the_announce(cluster)
+    assert said.adds
+    if arrives:
+        cluster.ask(said)  # and its answer is lost
+    del node.calls[call_id]
+    node.do(node.core.on_directory_failed(call_id, cluster.now_ms))
+    engine.store(key(2))
+
+    cluster.now_ms += 1_000
+    node.tick()
+    call_id, again = the_announce(cluster)
+    assert again == said
+    node.answer_call(call_id)
+    cluster.pass_ms(1_000)
+    assert all(cluster.directory.where([key(1), key(2)]))
+    assert cluster.directory.snapshot()["counts"]["gaps"] == gaps
 
 
 def peers_of(node: Node) -> int:
