@@ -37,6 +37,24 @@ def tiny(seed: int = 0) -> Path:
     )
 
 
+def tiny_biased(seed: int = 0) -> Path:
+    """A Qwen2 of two layers, whose projections of Q, K and V have a bias: 4 MB."""
+    return _built(
+        "tiny-biased",
+        "Qwen2",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 8_192,
+        },
+        seed,
+    )
+
+
 def tiny_gemma2(seed: int = 0) -> Path:
     """A hybrid: four Gemma2 layers, every other one with a sliding window of 512 tokens."""
     return _built(

@@ -81,6 +81,8 @@ def _attach(core: Any, kvray: dict[str, Any]) -> dict[str, Any]:
     for ranks in core.model_executor.get_kv_connector_handshake_metadata() or ():
         content.update(ranks or {})
     connector.set_xfer_handshake_metadata_pp_aware(content)
+    if hooks.weight_changes(core):
+        hooks.after_change(core)
     core._kvray_before = (before, hasher_was)  # noqa: SLF001 (our own mark)
     connector.prove(core)
     logger.info("kvray: attached to engine %d with workers %s", os.getpid(), pids)

@@ -16,8 +16,10 @@ Loaded by name: {"kv_connector": "KVRayConnector", "kv_role": "kv_both",
 
 import logging
 import os
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
@@ -29,6 +31,7 @@ from kvray.engine import canary, hooks, support, versions
 from kvray.engine.canary import Canary, CanaryGroup
 from kvray.engine.chunk_names import CHUNK_TOKENS
 from kvray.engine.discovery import socket_finder
+from kvray.engine.facts import Facts, facts_of
 from kvray.engine.guard import guarded, nothing
 from kvray.engine.jobs import (
     KVRayConnectorMetadata,
@@ -38,10 +41,20 @@ from kvray.engine.jobs import (
 )
 from kvray.engine.ledger import Finished, JobKind, JobLedger, Outcome
 from kvray.engine.lookups import Lookups
-from kvray.engine.namespace import AdapterDigests, as_text, digest, gather_fields
+from kvray.engine.namespace import (
+    NONCE,
+    AdapterDigests,
+    are_named,
+    as_text,
+    digest,
+    gather_fields,
+    measured,
+    with_facts,
+)
 from kvray.engine.requests import RequestView, Run
 from kvray.engine.spec import FIRST_SESSION_S, engine_nonce
 from kvray.engine.transfers import Transfers
+from kvray.engine.weights import Weights, weights_of
 from kvray.node.client import NodeClient
 
 logger = logging.getLogger("kvray.engine")
@@ -77,6 +90,9 @@ class KVRayConnector(OffloadingConnector):
         self._adapters = AdapterDigests()
         self._block_pool: Any = None
         self._loading: dict[int, str] = {}
+        self._vllm_config = vllm_config
+        self._facts: Facts = {}
+        self._weights = Weights(None, "this rank has no caches yet")
         self._client: NodeClient | None = None
         self._uncached: str | None = None
         self._canary: Canary | None = None
@@ -103,7 +119,7 @@ class KVRayConnector(OffloadingConnector):
             namespace=Namespace(digest(fields)),
             label=f"{vllm_config.model_config.model} pid {os.getpid()}",
             model=str(vllm_config.model_config.model),
-            fields=as_text(fields | {CHUNK_TOKENS: self._chunk_tokens()}),
+            fields=self._said(fields),
             budget_s=config.step_budget_ms / 1_000,
         )
         self.lookups.open(self._client, fields)
@@ -113,6 +129,14 @@ class KVRayConnector(OffloadingConnector):
             wait_session(self._client)
         if self._uncached is not None:
             logger.warning("kvray: this engine runs uncached: %s", self._uncached)
+
+    def _said(self, fields: Mapping[str, Any]) -> dict[str, str]:
+        return as_text({**fields, CHUNK_TOKENS: self._chunk_tokens()})
+
+    def _introduce(self) -> None:
+        """Say the namespace of now, and what it is made of."""
+        assert self._client is not None
+        self._client.introduce(self.lookups.namespace, fields=self._said(self.lookups.fields))
 
     def _chunk_tokens(self) -> int:
         groups = self.connector_scheduler.config.kv_group_configs
@@ -153,11 +177,28 @@ class KVRayConnector(OffloadingConnector):
         if self._uncached is not None:
             logger.warning("kvray: this engine runs uncached: %s", self._uncached)
             return
+        ranks = sorted(ranks, key=lambda rank: rank.rank)
+        facts = [rank.facts for rank in ranks]
+        self.lookups.rename(with_facts(self.lookups.fields, facts, nonce=secrets.token_hex(16)))
+        self._introduce()
+        if not are_named(facts):
+            self._say_unnamed([rank.why_unnamed for rank in ranks])
         groups = versions.offloaded_group_ids(self._kv_cache_config)
         self.lookups.slot_bytes = {
             group: part_bytes * self._world_size
             for group, part_bytes in zip(groups, ranks[0].part_bytes, strict=True)
         }
+
+    def _say_unnamed(self, reasons: Sequence[str]) -> None:
+        tag = self.lookups.fields["model_tag"]
+        logger.warning(
+            "kvray: the weights of this engine have no digest (%s). %s",
+            next((why for why in reasons if why), "no rank says why"),
+            f"It shares with engines that have none either and the same model_tag, {tag!r}"
+            if tag
+            else "It shares with no other engine, unless all with these weights are given the same "
+            "model_tag",
+        )
 
     def on_new_request(self, request: Any) -> None:
         super().on_new_request(request)
@@ -382,6 +423,34 @@ class KVRayConnector(OffloadingConnector):
         self.lookups.renew(nonce, tainted=tainted)
         if self._canary is not None:
             self._canary.weights_change()
+        self._introduce()
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the names of this engine's blocks say which weights made them."""
+        return NONCE not in self.lookups.fields
+
+    @guarded(nothing)
+    def measured(self, ranks: Sequence[Weights], *, tainted: bool) -> None:
+        """After the weights have changed: what each rank has now. Where that can not be had, this
+        engine keeps the nonce that it got before the change. Requests that came in between have KV
+        of both, as those that came before.
+        """
+        digests = [rank.digest for rank in ranks if rank.digest is not None]
+        if len(digests) < len(ranks):
+            reasons = "; ".join(sorted({rank.why for rank in ranks if rank.why}))
+            logger.warning(
+                "kvray: the new weights of this engine have no digest (%s), so it shares with no "
+                "other engine until name_weights() says what they are",
+                reasons,
+            )
+            return
+        self._ledger.renew()
+        self.lookups.renew(tainted=tainted)
+        self.lookups.rename(measured(self.lookups.fields, digests))
+        if self._canary is not None:
+            self._canary.weights_change()
+        self._introduce()
 
     # ---- in each worker
 
@@ -391,8 +460,26 @@ class KVRayConnector(OffloadingConnector):
         assert isinstance(worker, Transfers)
         return worker
 
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        super().register_kv_caches(kv_caches)
+        self._read_facts(kv_caches)
+
+    @guarded(nothing)
+    def _read_facts(self, kv_caches: dict[str, Any]) -> None:
+        layers = versions.attention_layers(self._vllm_config, kv_caches)
+        self._weights = weights_of(layers.values())
+        self._facts = facts_of(
+            layers,
+            kv_caches,
+            specs={n: layer.get_kv_cache_spec(self._vllm_config) for n, layer in layers.items()},
+            num_blocks=self._kv_cache_config.num_blocks,
+            weights=self._weights,
+        )
+
     def get_handshake_metadata(self) -> RankHandshake | None:
-        return self.transfers.handshake() if self.connector_worker is not None else None
+        if self.connector_worker is None:
+            return None
+        return replace(self.transfers.handshake(), facts=self._facts, why_unnamed=self._weights.why)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         meta = self._connector_metadata

@@ -11,12 +11,17 @@ import functools
 import logging
 from typing import Any
 
-from kvray.engine import steps
+from kvray.engine import steps, versions
+from kvray.engine.weights import Weights, measured_again
 
 logger = logging.getLogger("kvray.engine")
 
 # Calls that can change weights though their names do not say so, and that only read them.
 CHANGING = frozenset({"apply_model", "load_model", "sleep", "checkpoint_restore"})
+# Calls after which a change is not over yet: there is nothing to name.
+UNFINISHED = frozenset(
+    {"start_weight_update", "start_draft_weight_update", "update_weights", "sleep"}
+)
 READING = frozenset({"compute_weight_checksums", "get_weight_version", "get_weights_info"})
 
 
@@ -57,6 +62,32 @@ def _before_change(engine_core: Any) -> None:
         connector.renew(tainted=not connector.device_cache_is_empty())
 
 
+def after_change(engine_core: Any) -> None:
+    """Name what the workers have now, as far as they can tell."""
+    from kvray.engine.connector import KVRayConnector
+
+    connector = engine_core.scheduler.connector
+    if (
+        not isinstance(connector, KVRayConnector)
+        or connector.is_named
+        or versions.is_asleep(engine_core)
+    ):
+        return
+    ranks = engine_core.model_executor.collective_rpc(worker_weights)
+    connector.measured(ranks, tainted=not connector.device_cache_is_empty())
+
+
+def worker_weights(worker: Any) -> Weights:
+    """In each worker: what it has loaded by now."""
+    inner = getattr(worker, "worker", worker)
+    names = [
+        name
+        for group in inner.model_runner.kv_cache_config.kv_cache_groups
+        for name in group.layer_names
+    ]
+    return measured_again(versions.attention_layers(inner.vllm_config, names).values())
+
+
 def _wrap_collective_rpc(engine_core_class: Any) -> None:
     original = engine_core_class.collective_rpc
 
@@ -66,6 +97,8 @@ def _wrap_collective_rpc(engine_core_class: Any) -> None:
             return original(self, method, *args, **kwargs)
         _before_change(self)
         answer = original(self, method, *args, **kwargs)
+        if method not in UNFINISHED:
+            after_change(self)
         steps.prove(self)
         return answer
 
@@ -90,6 +123,7 @@ def _wrap_wake_up(engine_core_class: Any) -> None:
     @functools.wraps(original)
     def wake_up(self: Any, *args: Any, **kwargs: Any) -> Any:
         answer = original(self, *args, **kwargs)
+        after_change(self)
         steps.prove(self)
         return answer
 

@@ -9,6 +9,7 @@ workers ──▶ EngineCore   KVRayWorkerMetadata: ended jobs, which of them fa
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -134,9 +135,11 @@ class KVRayWorkerMetadata(OffloadingWorkerMetadata):
 class RankHandshake(KVConnectorHandshakeMetadata):
     """One rank's view, taken after its caches were registered. part_bytes: for each cache group
     the bytes of one chunk on this rank. host: machine and boot, equal for ranks that share a
-    /dev/shm.
+    /dev/shm. facts: see engine.facts; why_unnamed: why they do not name what it has loaded.
     """
 
     rank: int
     part_bytes: tuple[int, ...]
     host: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    why_unnamed: str = ""

@@ -118,6 +118,12 @@ class Lookups(OffloadingManager):
         """What the namespace is the digest of."""
         return self._fields
 
+    def rename(self, fields: Mapping[str, Any]) -> None:
+        """Blocks have these names from now on: before anything is asked, or after renew()."""
+        self._fields = dict(fields)
+        self.namespace = Namespace(digest(self._fields))
+        logger.info("kvray: the namespace is %s", self.namespace.hex())
+
     # ---- a request arrives
 
     @guarded(lambda *_: RequestOffloadingContext())

@@ -1,5 +1,9 @@
 """The namespace of an engine: a digest of everything that changes a block's bytes.
 
+    the configuration (gather_fields) ──┐
+    what the ranks have (engine.facts) ─┴─▶ fields ──▶ namespace
+    weights change ──▶ renewed: a nonce ──▶ measured: their digest, where it can be had
+
 Two engines share blocks exactly if all fields are equal. The fields are kept beside the digest,
 so that a person can be told which one differs. What vLLM's own block hash covers already (tokens,
 cache_salt, images by content, the LoRA adapter's name) is not repeated here.
@@ -9,7 +13,7 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,76 +21,10 @@ from kvray.core.keys import namespace_digest
 from kvray.core.layout import FORMAT_VERSION
 from kvray.core.messages import MAX_FIELD_BYTES
 from kvray.engine import versions
+from kvray.engine.facts import WEIGHTS, Facts, joined
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-WHOLE_FILE_BYTES = 32 << 20  # smaller files (adapters, toy models) are read whole: 30 ms
-SAMPLE_COUNT = 16  # of a larger file: finds retrained weights, costs 64 KiB of reading
-SAMPLE_BYTES = 4_096
-MAX_SAFETENSORS_HEADER_BYTES = 100 << 20  # the format's own limit
-MAX_FILES = 4_096  # a sharded checkpoint has hundreds of files; more is not a model folder
-
-
-def weights_digest(folder: Path) -> str:
-    """Of a folder's weight files: names, sizes, and small files whole; of large ones the
-    safetensors header and samples.
-
-    Reading terabytes at every start is not an option; a fine-tuned copy differs in nearly every
-    page, so 16 samples of 4 KiB a file find it. An operator who patches single values names the
-    model with `model_tag`.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    files = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES and p.is_file())
-    for path in files[:MAX_FILES]:
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        for part in _samples(path, size):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def _samples(path: Path, size: int) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        if size <= WHOLE_FILE_BYTES:
-            yield file.read(WHOLE_FILE_BYTES)
-            return
-        if path.suffix == ".safetensors":
-            header_bytes = int.from_bytes(file.read(8), "little")
-            yield file.read(min(header_bytes, MAX_SAFETENSORS_HEADER_BYTES, size))
-        step = (size - SAMPLE_BYTES) // (SAMPLE_COUNT - 1)
-        for index in range(SAMPLE_COUNT):
-            file.seek(index * step)
-            yield file.read(SAMPLE_BYTES)
-
-
-def _model_folder(model: str, revision: str | None) -> Path | None:
-    """Where the weights lie on this machine; None for a hub name that is not in the local cache
-    (a remote loader).
-    """
-    if Path(model).is_dir():
-        return Path(model)
-    if Path(model).is_file():
-        return None  # a single GGUF file: handled by the caller
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, revision=revision, local_files_only=True))
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError):
-        return None
-
-
-def _weights(vllm_config: Any) -> dict[str, Any]:
-    model, load = vllm_config.model_config, vllm_config.load_config
-    load_format = str(getattr(load.load_format, "value", load.load_format))
-    if load_format == "dummy":  # random weights: the seed makes them
-        return {"load_format": load_format, "seed": model.seed}
-    if Path(model.model).is_file():
-        folder: Path | None = Path(model.model).parent
-    else:
-        folder = _model_folder(model.model, model.revision)
-    if folder is None:
-        return {"load_format": load_format, "model": model.model, "revision": model.revision}
-    return {"load_format": load_format, "digest": weights_digest(folder)}
+NONCE = "weights_nonce"  # the field that makes an engine share with itself alone
+NAMED = "named:"  # what an operator calls his weights begins with this
 
 
 def _hf_config(model_config: Any) -> dict[str, Any]:
@@ -110,7 +48,9 @@ def gather_fields(
     blocks_per_chunk: int,
     model_tag: str,
 ) -> dict[str, Any]:
-    """Everything of one engine that changes the bytes under a block hash, as plain data."""
+    """What an engine's configuration says that changes the bytes under a block hash, as plain data.
+    What its ranks have loaded, and how they arrange it, is not here: see with_facts.
+    """
     model, cache, parallel = (
         vllm_config.model_config,
         vllm_config.cache_config,
@@ -127,7 +67,6 @@ def gather_fields(
         "vllm": versions.installed_version(),
         "model_tag": model_tag,
         "model_config": _hf_config(model),
-        "weights": _weights(vllm_config),
         "model_dtype": str(model.dtype),
         "quantization": str(model.quantization),
         "hf_overrides": repr(getattr(model, "hf_overrides", None)),
@@ -151,9 +90,40 @@ def gather_fields(
     }
 
 
+def with_facts(fields: Mapping[str, Any], ranks: Sequence[Facts], *, nonce: str) -> dict[str, Any]:
+    """The fields when every rank has said what it has, in their order. nonce: names weights of
+    which there is no digest. A model_tag does that too, and for all engines that have it.
+    """
+    found = {**fields, **joined(ranks)}
+    if not are_named(ranks):
+        found[WEIGHTS] = None
+        if not fields.get("model_tag"):
+            found[NONCE] = nonce
+    return found
+
+
+def are_named(ranks: Sequence[Facts]) -> bool:
+    """Whether there is a digest of all that these ranks have loaded."""
+    return all(facts.get(WEIGHTS) is not None for facts in ranks)
+
+
 def renewed(fields: Mapping[str, Any], nonce: str) -> dict[str, Any]:
-    """The fields after the weights of this engine changed."""
-    return {**fields, "weights_nonce": nonce}
+    """The fields when the weights of this engine change. nonce: random, or what an operator calls
+    the new ones (NAMED): then it stands for them, whatever was loaded before.
+    """
+    if nonce.startswith(NAMED):
+        return {**_without_nonce(fields), WEIGHTS: nonce}
+    return {**fields, NONCE: nonce}
+
+
+def measured(fields: Mapping[str, Any], weights: Sequence[str]) -> dict[str, Any]:
+    """The fields after a change. weights: the digest of what each rank has now."""
+    facts = joined([{WEIGHTS: digest} for digest in weights])
+    return {**_without_nonce(fields), **facts}
+
+
+def _without_nonce(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name != NONCE}
 
 
 def as_text(fields: Mapping[str, Any]) -> dict[str, str]:
@@ -189,7 +159,7 @@ class AdapterDigests:
         """
         folder = Path(path)
         try:
-            files = sorted(p for p in folder.iterdir() if p.is_file())[:MAX_FILES]
+            files = sorted(p for p in folder.iterdir() if p.is_file())
             stamp = tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files)
             known = self._known.get(path)
             if known is not None and known[0] == stamp:
@@ -198,7 +168,8 @@ class AdapterDigests:
             digest = hashlib.blake2b(digest_size=16)
             digest.update(name.encode() + b"\0")
             digest.update(settings.read_bytes() if settings.is_file() else b"")
-            digest.update(weights_digest(folder).encode())
+            for file in files:
+                digest.update(file.name.encode() + b"\0" + file.read_bytes())
         except OSError:
             return None
         if len(self._known) >= self.MAX_ADAPTERS:

@@ -2,7 +2,7 @@
 
 vLLM loads it in every process it starts. Loading this module imports nothing; register() imports
 what vLLM has imported already. An engine that is never attached is not changed by it, but for
-counting changes of weights, which a later attach has to know.
+what a later attach has to know: a digest of what it has loaded, and how often that has changed.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ def register() -> None:
     try:
         from vllm.v1.engine.core import EngineCore
 
-        from kvray.engine import attach, hooks, versions
+        from kvray.engine import attach, hooks, versions, weights
 
         if versions.installed_version() not in versions.TESTED:
             logger.info(
@@ -29,6 +29,7 @@ def register() -> None:
                 versions.installed_version(),
             )
             return
+        weights.install()
         hooks.install()
         for name, door in attach.DOORS.items():
             setattr(EngineCore, name, door)

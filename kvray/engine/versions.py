@@ -7,7 +7,7 @@ gathered here too: what breaks with a new release breaks in this file.
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from kvray.errors import MissingPackageError, NotAttachedError
@@ -124,6 +124,17 @@ def has_window(spec: Any) -> bool:
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     return type(spec) is not FullAttentionSpec
+
+
+def attention_layers(vllm_config: Any, names: Iterable[str]) -> dict[str, Any]:
+    """A worker's layers of these names, as its model runner uses them."""
+    context = vllm_config.compilation_config.static_forward_context
+    return {name: context[name] for name in names}
+
+
+def is_asleep(engine_core: Any) -> bool:
+    """Whether its weights may be where nobody can read them."""
+    return bool(engine_core.model_executor.is_sleeping)
 
 
 def caches_nothing(block_pool: Any) -> bool:

@@ -85,7 +85,7 @@ def test_nothing_is_stored_while_the_device_may_still_hold_old_blocks(
     engine.call(in_engine.settle)
     before = set(nodes.keys(0))
 
-    engine.collective_rpc("reload_weights")
+    engine.collective_rpc("reload_weights", None, str(tiny(seed=1)))
 
     engine.generate(prompt)  # the device's own cache hits: KV of the old weights
     engine.call(in_engine.settle)
@@ -94,6 +94,42 @@ def test_nothing_is_stored_while_the_device_may_still_hold_old_blocks(
     assert engine.generate(prompt).cached_tokens == 0
     engine.call(in_engine.settle)
     assert len(set(nodes.keys(0)) - before) == TOKENS // 128
+
+
+def test_weights_that_came_later_have_the_name_of_those_that_were_there_from_the_start(
+    nodes: Nodes, engine_factory: EngineFactory
+) -> None:
+    """And the very same weights loaded again have their old name back."""
+    plain, changed = (engine_factory(tiny(), kv_transfer_config=nodes.transfer(0)) for _ in "ab")
+    other = engine_factory(tiny(seed=2), kv_transfer_config=nodes.transfer(0))
+    prompt = prompt_of(TOKENS, seed=6)
+    plain.generate(prompt)
+    plain.call(in_engine.settle)
+    expected = other.generate(prompt, max_tokens=8)
+    other.call(in_engine.settle)
+    assert expected.cached_tokens == 0
+
+    changed.collective_rpc("reload_weights", None, str(tiny(seed=2)))
+    hit = changed.generate(prompt, max_tokens=8)
+    assert (hit.cached_tokens, hit.tokens) == (full_chunks(TOKENS), expected.tokens)
+
+    changed.collective_rpc("reload_weights", None, str(tiny()))
+    assert changed.reset_prefix_cache()
+    assert changed.generate(prompt).cached_tokens == full_chunks(TOKENS)
+    assert changed.call(in_engine.fields) == plain.call(in_engine.fields)
+
+
+def test_a_change_that_nobody_saw_shares_with_nobody(
+    nodes: Nodes, engine_factory: EngineFactory
+) -> None:
+    """A call that may have changed packed weights, and loads nothing: there is nothing to name."""
+    a, b = (engine_factory(tiny(), kv_transfer_config=nodes.transfer(0)) for _ in range(2))
+    prompt = prompt_of(TOKENS, seed=7)
+    a.call(in_engine.change_weights_unseen)
+    a.generate(prompt)
+    assert a.call(in_engine.settle)["counters"]["stored_chunks"] == TOKENS // 128
+
+    assert b.generate(prompt).cached_tokens == 0
 
 
 def test_engines_that_were_told_the_same_version_share_again(
