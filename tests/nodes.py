@@ -7,6 +7,7 @@ can be held to it. Everything a core says is done in order, as a shell would, an
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,7 @@ from kvray.core.ids import (
     SlotState,
     Term,
 )
+from kvray.core.keys import canary_keys
 from kvray.core.messages import (
     MAX_CALL_BYTES,
     Abandon,
@@ -76,7 +78,12 @@ class Node(Shell):
     """A NodeCore and its shell."""
 
     def __init__(
-        self, cluster: "Cluster", name: str, slab: Slab, *, limits: FetchLimits | None = None
+        self,
+        cluster: "Cluster",
+        name: str,
+        slab: Slab,
+        *,
+        limits: FetchLimits | None = None,
     ) -> None:
         self.cluster = cluster
         super().__init__(
@@ -85,6 +92,7 @@ class Node(Shell):
             now_ms=cluster.now_ms,
             wall_clock_offset_ms=WALL_CLOCK_OFFSET_MS,
             limits=limits,
+            requires_proof=cluster.requires_proof,
         )
         self.do(self.core.start(cluster.now_ms))
 
@@ -139,6 +147,15 @@ class Node(Shell):
             rows = peer.slab.headers[slots].copy()
             self.do(self.core.on_headers(read_id, rows, self.cluster.now_ms))
 
+    def end_comparison(self, comparison_id: int) -> None:
+        """The bytes are compared as they are now."""
+        done = self.compare(comparison_id)
+        self.do(
+            self.core.on_compared(
+                done.comparison_id, done.verdicts, pieces=done.pieces, now_ms=self.cluster.now_ms
+            )
+        )
+
     def process_gone(self, client_id: ClientId) -> None:
         """A process ends, and its pidfd says so; also to a node that starts later."""
         self.cluster.dead.add((client_id.pid, client_id.start_ticks))
@@ -172,15 +189,23 @@ class Cluster:
     directory: DirectoryCore | None = None
     nodes: dict[NodeId, Node] = field(default_factory=dict)
     link_is_up: bool = True
+    compares: bool = True  # False: end_comparison by hand
+    requires_proof: bool | None = None
     dead: set[tuple[int, int]] = field(default_factory=set)  # processes, by pid and start
     terms: int = 1
     next_session: int = 1
     next_pid: int = 100
 
     @classmethod
-    def of(cls, *names: str, slot_count: int = 32, limits: FetchLimits | None = None) -> "Cluster":
+    def of(
+        cls,
+        *names: str,
+        slot_count: int = 32,
+        limits: FetchLimits | None = None,
+        requires_proof: bool | None = None,
+    ) -> "Cluster":
         """Nodes that have joined and know each other."""
-        cluster = cls(directory=DirectoryCore(Term(1)))
+        cluster = cls(directory=DirectoryCore(Term(1)), requires_proof=requires_proof)
         for name in names:
             cluster.start(name, Slab(name, slot_count=slot_count), limits=limits)
         cluster.pass_ms(500)
@@ -229,6 +254,9 @@ class Cluster:
                     busy = True
                 for read_id in sorted(node.reads) if self.link_is_up else ():
                     node.end_read(read_id)
+                    busy = True
+                for comparison_id in sorted(node.comparisons) if self.compares else ():
+                    node.end_comparison(comparison_id)
                     busy = True
                 node.tick()
                 busy = busy or bool(node.calls)
@@ -388,6 +416,15 @@ class Engine:
             Introduce(self._op(), self.namespace, {}, self.maker, self.chunks, self.noise)
         )
         assert isinstance(answer, Ack)
+
+    def store_canary(self, content: "np.ndarray[Any, np.dtype[np.float32]]") -> None:
+        """What this engine computes for its canary: a row of numbers for each of its chunks."""
+        keys = canary_keys(self.namespace, self.maker, 0, len(content))
+        assert list(self.reserve(*keys)) == [Grant.GRANTED] * len(keys)
+        for k, numbers in zip(keys, content, strict=True):
+            _, _, offset = self.reserved[k]
+            self.node.slab.memory[offset : offset + BLOCK_BYTES] = numbers.tobytes()
+        self.commit(*keys)
 
     def report(self, **counters: int) -> None:
         self.say(Report(self._op(), counters))

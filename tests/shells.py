@@ -13,6 +13,7 @@ from kvray.core.codec import encode
 from kvray.core.commands import (
     AbandonRead,
     CallDirectory,
+    CompareBlocks,
     ConnectPeer,
     DisconnectPeer,
     Drop,
@@ -45,6 +46,7 @@ from kvray.core.layout import EXTENT_DTYPE, FORMAT_VERSION, SLOT_HEADER_DTYPE, G
 from kvray.core.messages import HelloReply, LocalAnswer, NodeInfo
 from kvray.core.node import NodeCore
 from kvray.core.store import StoreCore
+from kvray.node.comparing import Compared, compare
 
 BLOCK_BYTES = 4_096
 Slot = tuple[SlotIndex, Generation, int]  # slot, generation, offset
@@ -146,6 +148,7 @@ class Shell:
         wall_clock_offset_ms: int,
         limits: FetchLimits | None = None,
         announcing_limits: AnnouncingLimits | None = None,
+        requires_proof: bool | None = None,
     ) -> None:
         self.name = name
         self.slab = slab
@@ -165,6 +168,7 @@ class Shell:
         self.abandoned: set[ReadId] = set()
         self.connected: dict[NodeId, NodeInfo] = {}
         self.taken_over: dict[int, tuple[BlockKey, ...]] = {}
+        self.comparisons: dict[int, CompareBlocks] = {}
         self.lines: list[Log] = []
         self.restarts: list[str] = []
         self.linking: list[Epoch] = []
@@ -177,7 +181,13 @@ class Shell:
             now_ms=now_ms,
             fetch_limits=limits,
             announcing_limits=announcing_limits,
+            requires_proof=requires_proof,
         )
+
+    def compare(self, comparison_id: int) -> Compared:
+        """What the thread of a NodeStore does, at this moment."""
+        whole = np.frombuffer(self.slab.memory, np.uint8)
+        return compare(whole, self.slab.headers, self.comparisons.pop(comparison_id))
 
     def _info(self, epoch: Epoch) -> NodeInfo:
         geometry = self.slab.geometry
@@ -239,6 +249,9 @@ class Shell:
             case AbandonRead(read_id):
                 assert read_id in self.reads
                 self.abandoned.add(read_id)
+            case CompareBlocks(comparison_id):
+                assert comparison_id not in self.comparisons
+                self.comparisons[comparison_id] = command
             case TookOver(call_id, keys):
                 self.taken_over[call_id] = keys
             case Log():

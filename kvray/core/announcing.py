@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from kvray.core.codec import EntryRow, pack_entries, pack_keys, unpack_keys
+from kvray.core.codec import EntryRow, pack_entries, pack_keys, unpack_keys, unpack_makers
 from kvray.core.commands import CallDirectory, Log, TakeEpoch
 from kvray.core.effects import Place
-from kvray.core.ids import Epoch, NodeId, Term
+from kvray.core.ids import Epoch, Maker, Namespace, NodeId, Term
 from kvray.core.layout import FORMAT_VERSION
 from kvray.core.messages import (
     MAX_DOUBTFUL_KEYS,
@@ -115,6 +115,7 @@ class Announcing:
         self._in_use = False  # since the last announce
         self._used_ms = now_ms  # the directory takes our hello for a use
         self.engines: list[EngineUse] = []  # of this node; the caller sets it, and notes a change
+        self.makers: list[tuple[Namespace, Maker]] = []  # of namespaces with several makers
         self.split: frozenset[str] = frozenset()  # models of which the cluster has two namespaces
         self._told_engines: list[EngineUse] | None = None  # what the directory knows of `engines`
         self._heard_ms = now_ms
@@ -319,6 +320,7 @@ class Announcing:
         if said.engines is not None:
             self._told_engines = said.engines
         self.split = frozenset(reply.split)
+        self.makers = unpack_makers(reply.makers)
         if reply.news is not None:
             self._follow_roster(reply.news, reply.roster_version)
         if reply.status is AnnounceStatus.RESYNC:

@@ -24,6 +24,7 @@ from kvray.core.deadlines import Deadlines
 from kvray.core.ids import UNKNOWN_MAKER, ClientId, Maker, Namespace, OpId, Role, SlotIndex
 from kvray.core.layout import MAX_CLIENTS
 from kvray.core.messages import ChunkShape, EngineUse, Hello, Introduce, NoiseLevels
+from kvray.core.trusted import Own
 
 # A session that breaks comes back within seconds (client.py retries after 1 to 5 s). An engine
 # that does not is hung or detached badly: its pins must not keep blocks for as long as it lives.
@@ -212,7 +213,17 @@ class Clients:
             for client in self._by_id.values()
             if client.is_engine and client.state in (ClientState.OPEN, ClientState.SILENT)
         )
-        return sorted({EngineUse(client.model, client.namespace) for client in engines})
+        return sorted({EngineUse(each.model, each.namespace, each.maker) for each in engines})
+
+    def introduced(self) -> dict[tuple[Namespace, Maker], Own]:
+        """What the engines that are there have said of what they compute, by maker."""
+        return {
+            (client.namespace, client.maker): Own(tuple(client.chunks), client.noise)
+            for client in self._by_id.values()
+            if client.is_engine
+            and client.state in (ClientState.OPEN, ClientState.SILENT)
+            and client.maker != UNKNOWN_MAKER
+        }
 
     def next_deadline_ms(self) -> int | None:
         return self._silent.next_ms()

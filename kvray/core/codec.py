@@ -16,11 +16,21 @@ from typing import TYPE_CHECKING, Final, TypeVar, cast
 import msgspec
 import numpy as np
 
-from kvray.core.ids import KEY_BYTES, BlockKey, Generation, Maker, Origin, SlotIndex
+from kvray.core.ids import (
+    KEY_BYTES,
+    NAMESPACE_BYTES,
+    BlockKey,
+    Generation,
+    Maker,
+    Namespace,
+    Origin,
+    SlotIndex,
+)
 from kvray.core.layout import FORMAT_VERSION
 from kvray.core.messages import (
     ENTRY_DTYPE,
     LOCATION_DTYPE,
+    MAKER_DTYPE,
     MAX_CALL_BYTES,
     MAX_MESSAGE_BYTES,
     SLOT_DTYPE,
@@ -88,10 +98,12 @@ def decode(data: bytes | bytearray | memoryview, *, max_bytes: int, expect: "Typ
 _SLOT: Final = Struct("<IQQ")
 _ENTRY: Final = Struct("<16sIIQBQ")
 _LOCATION: Final = Struct("<IHIIQQ")
+_MAKER: Final = Struct("<16sQ")
 _KEY_DTYPE: Final = np.dtype(("V", KEY_BYTES))
 assert _SLOT.size == SLOT_DTYPE.itemsize
 assert _ENTRY.size == ENTRY_DTYPE.itemsize
 assert _LOCATION.size == LOCATION_DTYPE.itemsize
+assert _MAKER.size == MAKER_DTYPE.itemsize
 
 
 def pack_keys(keys: Sequence[BlockKey]) -> bytes:
@@ -140,3 +152,14 @@ def pack_locations(rows: Iterable[LocationRow]) -> bytes:
 
 def unpack_locations(packed: bytes) -> list[LocationRow]:
     return cast("list[LocationRow]", list(_LOCATION.iter_unpack(packed)))
+
+
+def pack_makers(rows: Iterable[tuple[Namespace, Maker]]) -> bytes:
+    """MAKER_DTYPE rows out of (namespace, maker)."""
+    rows = list(rows)
+    assert all(len(row[0]) == NAMESPACE_BYTES for row in rows), "a namespace has another length"
+    return b"".join(starmap(_MAKER.pack, rows))
+
+
+def unpack_makers(packed: bytes) -> list[tuple[Namespace, Maker]]:
+    return cast("list[tuple[Namespace, Maker]]", list(_MAKER.iter_unpack(packed)))

@@ -21,10 +21,12 @@ import numpy.typing as npt
 from kvray.core.effects import Effect, Place
 from kvray.core.header_runs import HeaderRuns, Offsets
 from kvray.core.ids import BlockKey, ClientId, Epoch, Maker, NodeId, OpId, ReadId, Role
-from kvray.core.messages import Announce, LocalAnswer, Locate, NodeHello, NodeInfo
+from kvray.core.messages import Announce, ChunkShape, LocalAnswer, Locate, NodeHello, NodeInfo
 from kvray.core.reasons import MissReason
+from kvray.core.tolerance import Tolerance
 
-Waiter = tuple[ClientId | Literal["node"], OpId]  # a Lookup of a client; the node itself
+# A Lookup of a client; the node itself, for one that leaves, or for a canary (core.trust).
+Waiter = tuple[ClientId | Literal["node", "trust"], OpId]
 Headers = npt.NDArray[Any]  # SLOT_HEADER_DTYPE rows
 NO_OFFSETS: Offsets = np.empty(0, np.uint64)
 
@@ -251,6 +253,36 @@ class TookOver:
     keys: tuple[BlockKey, ...]
 
 
+class Verdict(Enum):
+    """Of two blocks. NONE: it could not be told, or a header no longer said what was compared."""
+
+    EQUAL = "equal"
+    DIFFERENT = "different"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPair:
+    """Two READY blocks of this slab; see messages.ChunkShape."""
+
+    mine: Place
+    other: Place
+    shape: ChunkShape
+
+
+@dataclass(frozen=True, slots=True)
+class CompareBlocks:
+    """Compare each pair, somewhere that holds up nothing, and prove both headers after that: the
+    state is READY, then key, generation and maker are those of the Place. Ends in
+    NodeCore.on_compared with a Verdict for each pair, in order. They are pinned until then, but no
+    longer than trust.COMPARE_DEADLINE_MS.
+    """
+
+    comparison_id: int
+    pairs: tuple[BlockPair, ...]
+    tolerance: Tolerance
+
+
 @dataclass(frozen=True, slots=True)
 class Log:
     """One line for people about a rare thing."""
@@ -281,6 +313,7 @@ NodeCommand = (
     | PostRead
     | AbandonRead
     | TookOver
+    | CompareBlocks
     | Log
     | Restart
 )

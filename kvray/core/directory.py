@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvray.core.catalogue import MAX_LISTINGS, Catalogue, Listing, Standing
-from kvray.core.codec import pack_keys
+from kvray.core.codec import pack_keys, pack_makers
 from kvray.core.families import Families
 from kvray.core.ids import (
     KEY_BYTES,
@@ -293,6 +293,7 @@ class DirectoryCore:
             read=uses.keys() if uses is not None else b"",
             spare=self._spare(member, announce.doubtful) if member is not None else b"",
             split=self._families.split,
+            makers=pack_makers(self._families.makers_for(announce.node_id)),
         )
 
     def _note_uses(self) -> None:

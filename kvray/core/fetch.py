@@ -52,6 +52,7 @@ from kvray.core.reads import (
     targets_of,
 )
 from kvray.core.reasons import MissReason
+from kvray.core.trusted import Trusted
 from kvray.core.turns import Turns, settle
 from kvray.core.waits import Waits
 
@@ -139,9 +140,11 @@ class FetchCore:
         wants: Iterable[tuple[BlockKey, int]],
         *,
         worth: Worth = ALWAYS,
+        trusted: Trusted | None = None,
         deadline_ms: int,
     ) -> list[FetchCommand]:
-        """Fetch these (key, payload bytes), no key twice, until deadline_ms (absolute).
+        """Fetch these (key, payload bytes), no key twice, until deadline_ms (absolute). trusted: by
+        whom they must have been computed; None: by anybody.
 
         A block that is under way already is joined. What can not even be tried is Missed at once.
         """
@@ -153,13 +156,15 @@ class FetchCore:
                 if full or len(self._fetches) >= self._limits.max_fetches:
                     self._waits.tell_missed(waiter, key, MissReason.OVERLOADED)
                     continue
-                self._fetches[key] = fetch = Fetch(key, want_bytes, worth=worth)
+                whose = None if trusted is None else (trusted,)
+                self._fetches[key] = fetch = Fetch(key, want_bytes, worth=worth, trusted=whose)
                 self._locates.add(fetch)
             elif fetch.bytes != want_bytes:
                 self._waits.tell_missed(waiter, key, MissReason.OTHER_SIZE)
                 continue
             else:
                 fetch.worth = fetch.worth.or_more(worth)
+                fetch.trust(trusted)
             self._waits.join(waiter, key, deadline_ms)
             if fetch.target is not None:
                 self._waits.tell_coming(waiter, fetch.target)
@@ -442,6 +447,8 @@ class FetchCore:
                 reason = MissReason.OTHER_SIZE
             elif not peer.can_hold(source):
                 reason = MissReason.EVICTED  # nobody's block lies there
+            elif not fetch.may_come_from(source):
+                reason = MissReason.UNTRUSTED
             elif not source_pays(fetch.bytes, peer.outstanding_bytes, fetch.worth, rates[peer]):
                 reason = MissReason.BELOW_BREAK_EVEN
             else:

@@ -30,9 +30,10 @@ from kvray.core.fetch import FetchCore, Source
 from kvray.core.ids import BlockKey, Maker, NodeId, ReadId
 from kvray.core.lookups import Lookups
 from kvray.core.messages import Grant, Locate, LocateReply, NodeInfo
-from kvray.core.store import NODE
+from kvray.core.store import NODE, TRUST
 from kvray.core.storing import Storing
 from kvray.core.takeover import TakeOvers
+from kvray.core.trust import TrustCore
 
 # Calls to the directory that have not ended. FetchCore gives up on a locate after its deadline and
 # makes the next one, so these are more than it waits for; the oldest is forgotten then.
@@ -48,6 +49,7 @@ class Fetching:
         storing: Storing,
         lookups: Lookups,
         takeovers: TakeOvers,
+        trust: TrustCore,
         *,
         asker: NodeInfo,
         call_ids: Iterator[int],
@@ -60,6 +62,7 @@ class Fetching:
         self._storing = storing
         self._lookups = lookups
         self._takeovers = takeovers
+        self._trust = trust
         self._call_ids = call_ids
         self._locate_timeout_ms = locate_timeout_ms
         self._out = out
@@ -139,10 +142,13 @@ class Fetching:
                     self._out.append(Log(text, warning=True))
 
     def _tell(self, told: Coming | Arrived | Missed, now_ms: int) -> None:
-        """Take-overs load nothing, so they need not know what is coming."""
+        """Take-overs and comparisons load nothing, so they need not know what is coming."""
         if told.waiter[0] == NODE:
             if not isinstance(told, Coming):
                 self._takeovers.on_settled(told)
+        elif told.waiter[0] == TRUST:
+            if not isinstance(told, Coming):
+                self._trust.on_settled(told, now_ms)
         elif isinstance(told, Coming):
             self._lookups.on_coming(told)
         elif isinstance(told, Arrived):

@@ -10,6 +10,7 @@ from kvray.core.messages import KeyState, Lookup
 from kvray.core.reasons import MissReason
 from kvray.core.slots import Block
 from kvray.core.store import StoreCore
+from kvray.core.trusted import Trusted, bytes_of, mark_of
 
 _HIT, _MISS, _WAIT = int(KeyState.HIT), int(KeyState.MISS), int(KeyState.WAIT)
 
@@ -50,6 +51,7 @@ class Look:
         "_keys",
         "_no_fetch",
         "_store",
+        "_trusted",
         "misses",
         "states",
         "wants",
@@ -61,12 +63,14 @@ class Look:
         store: StoreCore,
         fetch: FetchCore,
         keys: list[BlockKey],
+        trusted: Trusted,
         no_fetch: MissReason | None,
     ) -> None:
         self._store = store
         self._fetch = fetch
         self._keys = keys
         self._blocks = store.blocks_of(keys)
+        self._trusted = trusted
         self._no_fetch = no_fetch
         self.states = bytearray([_HIT]) * len(keys)  # HITs; what is none is crossed out
         self.writes: list[int] = []  # being written by an engine
@@ -76,11 +80,17 @@ class Look:
         self._awaited: set[BlockKey] = set()
 
     def run(self, run: Run) -> None:
-        states, slot_bytes = self.states, run.slot_bytes
+        states = self.states
+        # Mostly all blocks of a run have one maker: the engine's own, or the last one's.
+        wanted = mark_of(run.slot_bytes, self._trusted.maker)
         index = run.start
         for block in self._blocks[run.start : run.stop]:
-            if block is None or block.ready_bytes != slot_bytes:
-                reason = self._absent(index, is_here=block is not None and block.ready_bytes > 0)
+            if block is None or block.mark != wanted:
+                reason = self._doubt(block, run.slot_bytes) or self._absent(index, block)
+                if reason is None and block is not None and block.mark:
+                    wanted = block.mark
+                    index += 1
+                    continue
                 if reason is None:
                     states[index] = _WAIT
                     index += 1
@@ -132,19 +142,27 @@ class Look:
         self.wants = [index for index in self.wants if index not in refused]
         self.writes = [index for index in self.writes if index not in behind]
 
-    def spoil(self) -> None:
+    def spoil(self, reason: MissReason) -> None:
         """Nothing of it counts."""
-        self._count(MissReason.OVERLOADED, len(self.states) - self.states.count(_MISS))
-        self._causes = {0: (0, MissReason.OVERLOADED)} if self.states else {}
+        self._count(reason, len(self.states) - self.states.count(_MISS))
+        self._causes = {0: (0, reason)} if self.states else {}
         self.states = bytearray(len(self.states))
         self.writes.clear()
         self.wants.clear()
 
-    def _absent(self, index: int, *, is_here: bool) -> MissReason | None:
-        """Why this key, which is not a hit, is a miss; None if it is worth waiting for."""
-        key = self._keys[index]
-        if is_here:
+    def _doubt(self, block: Block | None, slot_bytes: int) -> MissReason | None:
+        """Why what is here, or is being written here, is a miss; None if it is not."""
+        if block is None:
+            return None
+        if block.mark and bytes_of(block.mark) != slot_bytes:
             return MissReason.OTHER_SIZE
+        return None if self._trusted.accepts(block.place.maker) else MissReason.UNTRUSTED
+
+    def _absent(self, index: int, block: Block | None) -> MissReason | None:
+        """Why this key is a miss; None if it is a hit after all, or worth waiting for."""
+        key = self._keys[index]
+        if block is not None and block.mark:
+            return None
         if self._no_fetch in _NO_WAIT:
             return self._no_fetch
         if key in self._awaited:

@@ -28,12 +28,14 @@ from kvray.core.commands import (
     Waiter,
 )
 from kvray.core.durations import Durations
+from kvray.core.effects import Place
 from kvray.core.fetch import FetchCore
-from kvray.core.ids import BlockKey, ClientId, OpId
+from kvray.core.ids import KEY_BYTES, BlockKey, ClientId, OpId
 from kvray.core.look import Look, Run, runs_of
 from kvray.core.messages import KeyState, Lookup, LookupReply, LookupUpdate
 from kvray.core.reasons import MissReason
 from kvray.core.store import StoreCore
+from kvray.core.trusted import Trusted
 from kvray.core.waits import Waits
 
 MAX_WAITING_LOOKUPS = 1_024  # requests of a node's engines that wait at a time: far more than run
@@ -58,6 +60,11 @@ class _Lookup(msgspec.Struct, eq=False):
     changed: set[int] = set()  # other than what was told last
     causes: dict[int, MissReason] = {}  # of misses that have not been told
     is_stranger: bool = False  # see Lookups.begin
+    trusted: Trusted | None = None  # never None while it waits
+
+    def accepts(self, place: Place) -> bool:
+        """Whether a block counts for the engine that asks."""
+        return self.trusted is not None and self.trusted.accepts(place.maker)
 
     @property
     def waiter(self) -> Waiter:
@@ -90,12 +97,14 @@ class Lookups:
         session_id: int,
         message: Lookup,
         *,
+        trusted: Trusted,
         no_fetch: MissReason | None,
         is_stranger: bool = False,
         now_ms: int,
     ) -> tuple[LookupReply | None, list[FetchCommand]]:
-        """no_fetch: why nothing can be fetched now; None if it can. is_stranger: other engines of
-        its model have other names for the same blocks, so what is nowhere may be theirs.
+        """trusted: whose blocks count. no_fetch: why nothing can be fetched now; None if it can.
+        is_stranger: other engines of its model have other names for the same blocks, so what is
+        nowhere may be theirs.
 
         Returns the reply, or None if the lookup waits: it is told by take_told then. And what
         FetchCore has said to its wants.
@@ -109,7 +118,7 @@ class Lookups:
             no_fetch = MissReason.LOCAL_ONLY
         if no_fetch is MissReason.NEVER_SEEN and is_stranger:
             no_fetch = MissReason.NAMESPACE_DIFFERS
-        look = Look(self._store, self._fetch, keys, no_fetch)
+        look = Look(self._store, self._fetch, keys, trusted, no_fetch)
         runs = runs_of(message)
         for run in runs:
             look.run(run)
@@ -135,6 +144,7 @@ class Lookups:
             now_ms,
             causes=look.causes(),
             is_stranger=is_stranger,
+            trusted=trusted,
         )
         self.counters["waits"] += len(lookup.waiting)
         self._waiting[waiter] = self._untold[waiter] = lookup
@@ -143,7 +153,18 @@ class Lookups:
         wants = [(keys[i], run.slot_bytes) for run in runs for i in look.wants_of(run)]
         if not wants:
             return None, []
-        return None, self._fetch.want(waiter, wants, worth=worth, deadline_ms=deadline_ms)
+        return None, self._fetch.want(
+            waiter, wants, worth=worth, trusted=trusted, deadline_ms=deadline_ms
+        )
+
+    def refuse(self, message: Lookup, reason: MissReason) -> LookupReply:
+        """All of it is missed, wherever it may be."""
+        count = len(message.keys) // KEY_BYTES
+        self.counters["lookups"] += 1
+        self.counters["looked_up"] += count
+        self.misses[reason] += count
+        self.durations.add(0)
+        return LookupReply(message.op, bytes(count), b"", {0: reason} if count else {})
 
     def unpin(self, waiter: Waiter) -> None:
         """The pins of a lookup are dropped and nothing is waited for any more; not told."""
@@ -196,6 +217,11 @@ class Lookups:
         lookup = self._waiting.get(told.waiter)
         if lookup is None:
             return  # all of it was behind a miss of the same event
+        for key in told.keys:
+            if key in lookup.waiting:
+                place = self._store.find(key)
+                if place is not None and not lookup.accepts(place):
+                    self._miss(lookup, key, MissReason.UNTRUSTED)
         keys = [key for key in told.keys if key in lookup.waiting]
         sizes = [lookup.run_of(lookup.waiting[key]).slot_bytes for key in keys]
         places = self._store.pin(told.waiter, keys, slot_bytes=sizes, now_ms=now_ms)
@@ -218,13 +244,16 @@ class Lookups:
         self._forget_if_settled(lookup, now_ms)
 
     def on_coming(self, told: Coming) -> None:
-        """Nothing is pinned yet, and nothing is settled: these are waited for as before."""
+        """Nothing is pinned yet, and nothing is settled: these are waited for as before. A slot
+        that was reserved for a block of a maker whom another one trusts is not told to this one,
+        who would begin to load it.
+        """
         lookup = self._waiting.get(told.waiter)
         if lookup is None:
             return
         for place in told.places:
             index = lookup.waiting.get(place.key)
-            if index is not None:
+            if index is not None and lookup.accepts(place):
                 lookup.states[index] = _COMING
                 lookup.slots[index] = pack_slot(place.slot, place.generation, place.offset)
                 self._note(lookup, index)
@@ -269,7 +298,7 @@ class Lookups:
         """
         blocks = look.blocks()
         if not self._store.pin_blocks(waiter, blocks, now_ms):
-            look.spoil()
+            look.spoil(MissReason.OVERLOADED)
             return []
         self.counters["hits_local"] += len(blocks)
         return [block.row for block in blocks]

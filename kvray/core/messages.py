@@ -62,6 +62,7 @@ MAX_TEXT_BYTES = 8_192  # a reason or a label: a path or two and a sentence
 MAX_COUNTERS = 256  # of one Report
 MAX_ENGINE_USES = 96  # of a node: layout.MAX_CLIENTS
 MAX_SPLIT_MODELS = 64  # said in a reply; a cluster with more has one thing to mend first
+MAX_MAKERS_SAID = 64  # in a reply: pairs of namespace and maker; those beyond are met with blocks
 MAX_FIELDS = 64  # of a namespace; there are two dozen
 MAX_FIELD_BYTES = 256  # of one field's text; what is longer is said by its digest
 MAX_CHUNK_SHAPES = 64  # cache groups of an engine; hybrid models have a handful
@@ -82,6 +83,7 @@ ENTRY_DTYPE = np.dtype(
         ("maker", "<u8"),
     ]
 )
+MAKER_DTYPE = np.dtype([("namespace", "V16"), ("maker", "<u8")])
 # V16 and not S16, which drops trailing zero bytes when it is read.
 LOCATION_DTYPE = np.dtype(
     [
@@ -319,10 +321,11 @@ class NodeHelloReply(msgspec.Struct, frozen=True, tag="node_hello_reply"):
 
 
 class EngineUse(msgspec.Struct, frozen=True, order=True):
-    """An engine of a node: what it serves, and under which names its blocks are."""
+    """An engine of a node: what it serves, under which names its blocks are, and whose they are."""
 
     model: str
     namespace: Namespace
+    maker: Maker = UNKNOWN_MAKER
 
 
 class Announce(msgspec.Struct, frozen=True, tag="announce", omit_defaults=True):
@@ -379,6 +382,7 @@ class AnnounceReply(msgspec.Struct, frozen=True, tag="announce_reply"):
     read: keys that others have asked for since the last reply, and whose home this node is.
     spare: those of the announce's doubtful keys that have another home.
     split: models whose engines, in this cluster, do not all share their blocks.
+    makers: MAKER_DTYPE rows, of the namespaces of this node's engines that have several makers.
     """
 
     status: AnnounceStatus
@@ -389,6 +393,7 @@ class AnnounceReply(msgspec.Struct, frozen=True, tag="announce_reply"):
     read: bytes = b""
     spare: bytes = b""
     split: list[str] = []
+    makers: bytes = b""
 
 
 class Locate(msgspec.Struct, frozen=True, tag="locate"):

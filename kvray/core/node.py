@@ -27,6 +27,7 @@ from kvray.core.commands import (
     Restart,
     Send,
     TakeEpoch,
+    Verdict,
     WatchProcess,
 )
 from kvray.core.fetch import FetchCore, FetchLimits
@@ -57,6 +58,7 @@ from kvray.core.reasons import MissReason
 from kvray.core.store import StoreCore
 from kvray.core.storing import Storing
 from kvray.core.takeover import TakeOvers
+from kvray.core.trust import TrustCore
 
 # Reads that were abandoned a second after they were posted, and have not ended so much later,
 # will not end. Nothing is fetched then, so the restart costs only its one to three seconds.
@@ -80,6 +82,7 @@ class NodeCore:
         now_ms: int,
         fetch_limits: FetchLimits | None = None,
         announcing_limits: AnnouncingLimits | None = None,
+        requires_proof: bool | None = None,
     ) -> None:
         self._store = store
         self._out: list[NodeCommand] = []
@@ -88,12 +91,14 @@ class NodeCore:
         self._fetch = FetchCore(fetch_limits)
         self._lookups = Lookups(store, self._fetch)
         self._takeovers = TakeOvers(store, self._fetch)
+        self._trust = TrustCore(store, self._fetch, requires_proof=requires_proof)
         call_ids = count(1)
         self._fetching = Fetching(
             self._fetch,
             self._storing,
             self._lookups,
             self._takeovers,
+            self._trust,
             asker=info,
             call_ids=call_ids,
             locate_timeout_ms=(fetch_limits or FetchLimits()).locate_deadline_ms,
@@ -127,6 +132,7 @@ class NodeCore:
             self._fetch.next_deadline_ms(),
             self._lookups.next_deadline_ms(),
             self._clients.next_deadline_ms(),
+            self._trust.next_deadline_ms(),
             clogged_ms,
         )
         return min((at_ms for at_ms in deadlines if at_ms is not None), default=None)
@@ -193,8 +199,9 @@ class NodeCore:
         self._note_engines()
 
     def _note_engines(self) -> None:
-        """Somebody has come or gone: the directory hears of it."""
+        """Somebody has come or gone, or is another: the directory hears of it."""
         engines = self._clients.engine_uses()
+        self._trust.set_own(self._clients.introduced())
         if engines != self._announcing.engines:
             self._announcing.engines = engines
             self._storing.has_changes = True  # to be announced, as a block is
@@ -212,7 +219,10 @@ class NodeCore:
             case Unpin():
                 self._lookups.unpin((client.client_id, message.lookup_op))
             case Reserve():
-                answer = self._too_large(message) or self._storing.reserve(client, message, now_ms)
+                trusted = self._trust.of(client.namespace, client.maker)
+                answer = self._too_large(message) or self._storing.reserve(
+                    client, message, trusted, now_ms
+                )
             case Commit():
                 keys = self._storing.commit(client, message, now_ms)
                 self._lookups.on_committed(keys, now_ms)
@@ -238,6 +248,9 @@ class NodeCore:
         if (refused := self._too_large(message)) is not None:
             return refused
         self._announcing.note_use(now_ms)
+        trusted = self._trust.of(client.namespace, client.maker)
+        if trusted is None:
+            return self._lookups.refuse(message, MissReason.UNPROVEN)
         no_fetch: MissReason | None = None
         if not self._announcing.is_reachable(now_ms):
             no_fetch = MissReason.DIRECTORY_SILENT
@@ -249,6 +262,7 @@ class NodeCore:
             client.client_id,
             session_id,
             message,
+            trusted=trusted,
             no_fetch=no_fetch,
             is_stranger=client.model in self._announcing.split,
             now_ms=now_ms,
@@ -298,6 +312,18 @@ class NodeCore:
         self._fetching.on_headers(read_id, headers, now_ms)
         return self._finish(now_ms)
 
+    def on_compared(
+        self,
+        comparison_id: int,
+        verdicts: Sequence[Verdict],
+        *,
+        pieces: Sequence[int] = (),
+        now_ms: int,
+    ) -> list[NodeCommand]:
+        """The end of CompareBlocks. pieces: the indices of some that differ."""
+        self._trust.on_compared(comparison_id, verdicts, pieces=pieces, now_ms=now_ms)
+        return self._finish(now_ms)
+
     # -- directory -------------------------------------------------------------------------------
 
     def on_directory_reply(
@@ -307,6 +333,7 @@ class NodeCore:
         is_locate = self._fetching.on_call_ended(call_id, reply, now_ms)
         if not is_locate and not isinstance(reply, LocateReply):
             commands = self._announcing.on_reply(call_id, reply, now_ms)
+            self._trust.hear(self._announcing.makers)
             self._follow_roster(now_ms)
             self._out += commands
         return self._finish(now_ms)
@@ -394,6 +421,7 @@ class NodeCore:
             "lookups": self._lookups.snapshot(),
             "fetch": self._fetch.snapshot(),
             "taken_over": self._takeovers.kept_count,
+            "trust": self._trust.snapshot(),
             "is_draining": self._storing.is_draining,
             "announcing": self._announcing.snapshot(),
             "clients": self._clients.snapshot(),
@@ -409,7 +437,12 @@ class NodeCore:
         self._fetching.check()
         self._lookups.check()
         self._takeovers.check()
-        waiting = {*self._lookups.fetching(), *self._takeovers.waiters()}
+        self._trust.check()
+        waiting = {
+            *self._lookups.fetching(),
+            *self._takeovers.waiters(),
+            *self._trust.waiters(),
+        }
         assert waiting == set(self._fetch.waiters()), "something is brought to nobody"
         self._announcing.check()
         assert not self._out, "not done"
@@ -422,6 +455,11 @@ class NodeCore:
         """
         if self._fetch.is_busy:
             self._fetching.advance(now_ms)
+        while self._trust.is_due(now_ms):
+            may_fetch = self._fetch.has_peers and self._announcing.is_reachable(now_ms)
+            self._fetching.do(self._trust.advance(now_ms, may_fetch=may_fetch), now_ms)
+            self._fetching.advance(now_ms)
+        self._out += self._trust.take_commands()
         self._out += self._lookups.take_told()
         self._out += self._takeovers.take_done()
         if self._storing.has_changes:

@@ -39,6 +39,7 @@ from kvray.core.messages import MAX_LOCATE_KEYS
 from kvray.core.peers import Peer, Source
 from kvray.core.planner import FETCH_BATCH_BYTES, MAX_BATCH_BLOCKS
 from kvray.core.reasons import MissReason
+from kvray.core.trusted import Trusted
 
 Bools = npt.NDArray[np.bool_]
 
@@ -103,6 +104,20 @@ class Fetch(msgspec.Struct, eq=False):
     target: Place | None = None  # from RESERVED on
     reason: MissReason = MissReason.NEVER_SEEN  # why the last source did not bring it
     worth: Worth = ALWAYS
+    # By whom a source must have been computed, one of these being enough. None: by anybody.
+    trusted: tuple[Trusted, ...] | None = None
+
+    def may_come_from(self, source: Source) -> bool:
+        """Whether anybody who waits for the block would take it."""
+        trusted = self.trusted
+        return trusted is None or any(who.accepts(source.maker) for who in trusted)
+
+    def trust(self, who: Trusted | None) -> None:
+        """One more waits for it."""
+        if who is None:
+            self.trusted = None
+        elif self.trusted is not None and who not in self.trusted:
+            self.trusted = (*self.trusted, who)
 
 
 class Read(msgspec.Struct, eq=False):

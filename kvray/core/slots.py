@@ -32,8 +32,10 @@ from kvray.core.ids import (
 )
 from kvray.core.layout import Geometry
 from kvray.core.store_limits import EXTENT_SCAN, GENERATION_BATCH
+from kvray.core.trusted import mark_of
 
-Holder = tuple[ClientId | Literal["node"], OpId]  # who pins or reserves: one operation of a client
+# Who pins or reserves: one operation of a client, or of this node itself.
+Holder = tuple[ClientId | Literal["node", "trust"], OpId]
 
 # Bound once: they are compared for every key.
 ABSENT, WRITING = SlotState.ABSENT, SlotState.WRITING
@@ -50,7 +52,7 @@ class Block(msgspec.Struct, eq=False, gc=False):
     writer: int  # row of the client table, or layout.WRITER_NODE
     holder: Holder | None  # of a WRITING slot
     used_ms: int
-    ready_bytes: int = 0  # of the payload once it is READY: one comparison tells a hit of a key
+    mark: int = 0  # trusted.mark_of once it is READY: one comparison tells a hit of a key
     pins: int = 0  # who keeps a READY block from eviction, counted
     is_held: bool = False  # a pinned one that the search for the coldest has met; see `pin`
 
@@ -104,7 +106,7 @@ class SlotTable:
             block = self._adopted(kept, now_ms)
             self.blocks[kept.place.slot] = block
             if kept.state is READY:
-                block.ready_bytes = kept.place.bytes
+                block.mark = mark_of(kept.place.bytes, kept.place.maker)
                 self.by_key[kept.place.key] = block
                 self._policy.admit(block.extent.slot_bytes, kept.place.slot, kept.place.origin)
                 self.changes.add(kept.place)
@@ -145,7 +147,7 @@ class SlotTable:
         block.holder = None
         extent, place = block.extent, block.place
         block.used_ms = extent.size_class.used_ms = now_ms
-        block.ready_bytes = place.bytes
+        block.mark = mark_of(place.bytes, place.maker)
         extent.busy -= 1
         self._policy.admit(extent.slot_bytes, place.slot, place.origin)
         self.changes.add(place)
@@ -436,7 +438,8 @@ class SlotTable:
             assert is_named == (block.state in {READY, WRITING}), "its key does not lead to it"
             assert block.pins == 0 or block.state is READY, "pinned, but not READY"
             assert block.pins or not block.is_held, "held for nobody"
-            assert block.ready_bytes == (place.bytes if block.state is READY else 0)
+            mark = mark_of(place.bytes, place.maker)
+            assert block.mark == (mark if block.state is READY else 0)
             assert block.row == pack_slot(slot, place.generation, place.offset)
             assert (block.holder is not None) == (block.state is WRITING), "held or not WRITING"
             occupied[extent] = occupied.get(extent, 0) + 1

@@ -38,6 +38,7 @@ from kvray.core.store_limits import StoreLimits
 
 __all__ = [
     "NODE",
+    "TRUST",
     "Effect",
     "Holder",
     "MarkGeneration",
@@ -49,6 +50,7 @@ __all__ = [
 ]
 
 NODE: Final = "node"  # in a Holder: the NodeStore itself, which fetches
+TRUST: Final = "trust"  # and which compares; see core.trust
 
 
 class StoreCore:

@@ -21,6 +21,7 @@ from kvray.core.ids import BlockKey, ClientId, Generation, Maker, OpId, Origin, 
 from kvray.core.layout import MAX_CLIENTS, WRITER_NODE
 from kvray.core.messages import Abandon, Commit, Grant, Hello, Reserve, ReserveReply
 from kvray.core.store import NODE, Holder, StoreCore
+from kvray.core.trusted import Trusted
 
 # Of slots that a hello lists: the Reserve that they came from is not known. Clients count from 1.
 RESTORED_OP = OpId(0)
@@ -56,15 +57,21 @@ class Storing:
 
     # -- engines ---------------------------------------------------------------------------------
 
-    def reserve(self, client: Client, message: Reserve, now_ms: int) -> ReserveReply:
+    def reserve(
+        self, client: Client, message: Reserve, trusted: Trusted | None, now_ms: int
+    ) -> ReserveReply:
+        """trusted: by whom a block must be to count for this engine; None: it has not proven
+        itself, and stores nothing.
+        """
         keys = unpack_keys(message.keys)
         sizes: list[int] = []
         for length, slot_bytes in zip(message.run_lengths, message.run_slot_bytes, strict=True):
             sizes += [slot_bytes] * length
         wants = list(zip(keys, sizes, strict=True))
-        if self.is_draining:
+        if self.is_draining or trusted is None:
             answers = [self._present_or_full(key) for key in keys]
         else:
+            self._make_way(keys, trusted)
             holder = (client.client_id, message.op)
             makers, row = repeat(client.maker), client.row
             answers = self._reserve(holder, wants, row, Origin.ORIGINAL, now_ms, makers=makers)
@@ -235,6 +242,17 @@ class Storing:
         self.has_changes = self.has_changes or len(effects) > granted
         self._effects += effects
         return answers
+
+    def _make_way(self, keys: Sequence[BlockKey], trusted: Trusted) -> None:
+        """What is here under these keys and can not count for the engine that has computed them
+        makes way: else it could never have them cached. Two makers of one node that store one
+        prompt in turn, and trust each other not, so each have a miss for it.
+        """
+        if not trusted.refused:
+            return
+        for key, block in zip(keys, self._store.blocks_of(keys), strict=True):
+            if block is not None and block.mark and block.place.maker in trusted.refused:
+                self.has_changes = self._store.evict(key) or self.has_changes
 
     def _present_or_full(self, key: BlockKey) -> Grant | Place:
         is_here = self._store.find(key) is not None or self._store.is_writing(key)

@@ -19,6 +19,7 @@ from kvray.core.layout import MAX_EXTENT_BYTES, Geometry
 from kvray.core.messages import (
     ENTRY_DTYPE,
     LOCATION_DTYPE,
+    MAKER_DTYPE,
     MAX_CHANGES_PER_ANNOUNCE,
     MAX_CHUNK_SHAPES,
     MAX_COMPUTE_US,
@@ -32,6 +33,7 @@ from kvray.core.messages import (
     MAX_KEYS_PER_MESSAGE,
     MAX_LINK_METADATA_BYTES,
     MAX_LOCATE_KEYS,
+    MAX_MAKERS_SAID,
     MAX_NAME_BYTES,
     MAX_NOISE,
     MAX_PERIOD_MS,
@@ -342,6 +344,7 @@ def _check_announce(m: Announce) -> None:
     for engine in m.engines or ():
         _text("an engine's model", engine.model, MAX_TEXT_BYTES)
         _exactly("an engine's namespace", engine.namespace, 0, NAMESPACE_BYTES)
+        _number("an engine's maker", engine.maker, MAX_U64)
 
 
 def _check_announce_reply(m: AnnounceReply) -> None:
@@ -359,6 +362,7 @@ def _check_announce_reply(m: AnnounceReply) -> None:
     _number("the count of split models", len(m.split), MAX_SPLIT_MODELS)
     for model in m.split:
         _text("a split model", model, MAX_TEXT_BYTES)
+    _rows("makers", m.makers, MAKER_DTYPE.itemsize, MAX_MAKERS_SAID)
 
 
 def _check_locate(m: Locate) -> None:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from kvray.node.comparing import Compared
 from kvray.node.control import DirectoryAnswered, DirectoryFailed
 from kvray.node.peers import LinkEvent
 
@@ -20,7 +21,7 @@ class Question:
     answer: "Future[Any]"
 
 
-Event = LinkEvent | DirectoryAnswered | DirectoryFailed | Question
+Event = LinkEvent | DirectoryAnswered | DirectoryFailed | Compared | Question
 
 
 class Inbox:

@@ -3,7 +3,8 @@
     socket, pidfds, inbox ──events──▶ NodeCore ──commands, in order──┬─▶ slab: effects
                                                                      ├─▶ socket: answers
                                                                      ├─▶ link thread: reads
-                                                                     └─▶ control thread: Ray calls
+                                                                     ├─▶ control thread: Ray calls
+                                                                     └─▶ comparing: two blocks
 
 One thread, one selector, and no wait but the selector's.
 """
@@ -19,12 +20,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from kvray.actors import die
 from kvray.core.codec import decode
 from kvray.core.commands import (
     AbandonRead,
     CallDirectory,
+    CompareBlocks,
     ConnectPeer,
     DisconnectPeer,
     Drop,
@@ -51,6 +54,7 @@ from kvray.core.messages import (
 from kvray.core.node import NodeCore
 from kvray.core.store import StoreCore
 from kvray.errors import LinkError, RemoteProtocolError
+from kvray.node.comparing import Compared, Comparing
 from kvray.node.control import Control, DirectoryAnswered, DirectoryFailed
 from kvray.node.inbox import Event, Inbox, Question
 from kvray.node.link_opening import LinkOpening
@@ -133,6 +137,9 @@ class Serving:
         self._connecting: dict[NodeId, Epoch] = {}
         self._connected: dict[NodeId, Epoch] = {}
         self._recent: deque[tuple[int, str]] = deque(maxlen=RECENT_EVENTS)
+        whole = np.frombuffer(slab.memory, np.uint8)
+        self._comparing = Comparing(whole, slab.headers, inbox.append)
+        self._comparing.start()
         self._meter = LinkMeter(self._measure_read)
         self._take_overs = 0
         self._taking_over: dict[int, Future[list[bytes]]] = {}
@@ -148,6 +155,7 @@ class Serving:
             PostRead: self._post_read,
             AbandonRead: self._abandon_read,
             TookOver: self._took_over,
+            CompareBlocks: self._compare,
             Log: self._log,
             Restart: self._restart,
         }
@@ -225,6 +233,7 @@ class Serving:
 
     def close(self) -> None:
         """Nobody is answered any more. Slab, link and control are the caller's."""
+        self._comparing.close()
         self._server.close()
         for watched in self._watched.values():
             self._selector.unregister(watched.pidfd)
@@ -263,15 +272,14 @@ class Serving:
                 self._calls.discard(call_id)
                 logger.debug("a call to the directory failed: %s", reason)
                 self._do(self._core.on_directory_failed(call_id, now_ms))
-            case PeerConnected(node_id, epoch, took_ms):
-                if self._end_connecting(node_id, epoch):
-                    self._connected[node_id] = epoch
-                    logger.info("connected to node %s epoch %d in %d ms", node_id, epoch, took_ms)
-            case ConnectFailed(node_id, epoch, reason):
-                self._end_connecting(node_id, epoch)
-                logger.warning("node %s epoch %d can not be reached: %s", node_id, epoch, reason)
+            case PeerConnected() | ConnectFailed():
+                self._on_connecting_ended(event)
             case LinkOpened():
                 self._on_link_opened(event)
+            case Compared(comparison_id, verdicts, pieces):
+                self._do(
+                    self._core.on_compared(comparison_id, verdicts, pieces=pieces, now_ms=now_ms)
+                )
             case LinkFailed(reason, fatal):
                 if fatal:
                     die(f"the link has failed, and this NodeStore starts anew: {reason}")
@@ -289,6 +297,16 @@ class Serving:
         else:
             ok = event.ending is Ending.DONE
             self._do(self._core.on_read_done(event.read_id, ok=ok, now_ms=now_ms))
+
+    def _on_connecting_ended(self, event: PeerConnected | ConnectFailed) -> None:
+        node_id, epoch = event.node_id, event.epoch
+        is_wanted = self._end_connecting(node_id, epoch)
+        if isinstance(event, ConnectFailed):
+            text = "node %s epoch %d can not be reached: %s"
+            logger.warning(text, node_id, epoch, event.reason)
+        elif is_wanted:
+            self._connected[node_id] = epoch
+            logger.info("connected to node %s epoch %d in %d ms", node_id, epoch, event.took_ms)
 
     def _end_connecting(self, node_id: NodeId, epoch: Epoch) -> bool:
         """Whether the peer is still wanted, in this epoch."""
@@ -400,6 +418,9 @@ class Serving:
 
     def _took_over(self, took: TookOver) -> None:
         self._taking_over.pop(took.call_id).set_result(list(took.keys))
+
+    def _compare(self, asked: CompareBlocks) -> None:
+        self._comparing.submit(asked)
 
     def _log(self, log: Log) -> None:
         self._recent.append((clock_ms(), log.text))
