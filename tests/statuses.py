@@ -18,6 +18,7 @@ def engine(model: str = "llama", *, pid: int = 1, **fields: str) -> dict[str, An
         "model": model,
         "namespace": f"{hash(json.dumps(own)) & 0xFFFFFFFF:08x}",
         "fields": own,
+        "maker": "0000000100000001",
     }
 
 

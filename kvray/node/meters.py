@@ -24,6 +24,9 @@ PERIOD_S = 5.0  # Ray's own reporter sends every 10 s
 MAX_OBSERVED = 2_000  # of one bucket and period, since Ray takes them one by one; more are left out
 
 
+VERDICTS = ("equal", "different", "without_verdict")  # see core.trust
+
+
 class Kind(Enum):
     GAUGE = "gauge"
     COUNTER = "counter"
@@ -52,6 +55,7 @@ METRICS = (
     Metric("kvray_stored_blocks", Kind.COUNTER, "blocks", "blocks that engines have stored"),
     Metric("kvray_dropped_stores", Kind.COUNTER, "blocks", "stores dropped: no slot was free"),
     Metric("kvray_evicted_blocks", Kind.COUNTER, "blocks", "blocks evicted for others"),
+    Metric("kvray_canaries", Kind.COUNTER, "comparisons", "of two makers' canaries", "verdict"),
     Metric("kvray_lookup_ms", Kind.HISTOGRAM, "ms", "from a look-up to its last answer"),
     Metric("kvray_locate_ms", Kind.HISTOGRAM, "ms", "a call to the directory"),
     Metric("kvray_read_ms", Kind.HISTOGRAM, "ms", "a read of a batch of blocks from a peer"),
@@ -84,6 +88,8 @@ class Meters:
         self._count("kvray_stored_blocks", storing["committed"])
         self._count("kvray_dropped_stores", storing["dropped"])
         self._count("kvray_evicted_blocks", store["evicted"])
+        for verdict in VERDICTS:
+            self._count("kvray_canaries", status["trust"][f"canaries_{verdict}"], verdict=verdict)
         self._observe("kvray_lookup_ms", status["lookups"]["durations"])
         self._observe("kvray_locate_ms", fetch["locate_durations"])
         self._observe("kvray_read_ms", fetch["read_durations"])

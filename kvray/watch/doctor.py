@@ -70,6 +70,7 @@ def diagnose(
         *_check_links(ready, links),
         *(_check_rdma(ready, links) if wants_rdma else ()),
         *_check_engines(engines),
+        *_check_makers(ready),
     ]
 
 
@@ -318,6 +319,44 @@ def _check_engines(engines: Sequence[Engine]) -> Iterable[Finding]:
         )
     for engine in engines:
         yield Finding(Grade.GOOD, "engine", f"{engine.name}, namespace {engine.namespace[:8]}")
+
+
+def _check_makers(nodes: Sequence[NodeStatus]) -> Iterable[Finding]:
+    """Makers that compute different blocks under one name, and engines without a maker."""
+    told: set[tuple[str, frozenset[str]]] = set()
+    for node in nodes:
+        trust = node.details.get("trust", {})
+        for pair in trust.get("pairs", ()):
+            name = pair["namespace"], frozenset((pair["mine"], pair["other"]))
+            if pair["state"] != "different" or name in told:
+                continue
+            told.add(name)
+            makers = " and ".join(f"{maker} ({_users(nodes, maker)})" for maker in sorted(name[1]))
+            yield Finding(
+                Grade.BAD,
+                "canaries",
+                f"under namespace {pair['namespace'][:8]} these makers compute different blocks, "
+                f"and share none: {makers}. Compare their builds and hardware, and give one of "
+                f"them a model_tag of its own if that is meant to be so",
+            )
+        for engine in engines_of(node) if trust.get("requires_proof") else ():
+            if int(engine.get("maker", "0"), 16) == 0:
+                where = (
+                    f"{engine['model']} (pid {engine['pid']} on node {node.node_id[:NODE_CHARS]})"
+                )
+                text = f"{where} has not computed its canary, and is without a cache until it has"
+                yield Finding(Grade.WARNING, "canaries", text)
+
+
+def _users(nodes: Sequence[NodeStatus], maker: str) -> str:
+    """The engines that are this maker."""
+    names = [
+        f"{engine['model']}, pid {engine['pid']} on node {node.node_id[:NODE_CHARS]}"
+        for node in nodes
+        for engine in engines_of(node)
+        if engine.get("maker") == maker
+    ]
+    return "; ".join(names) or "none is there now"
 
 
 def _pairs_of_a_model(engines: Sequence[Engine]) -> Iterable[tuple[Engine, Engine]]:

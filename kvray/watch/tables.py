@@ -33,6 +33,8 @@ def status_data(status: ClusterStatus, *, page_url: str | None = None) -> dict[s
         "fetch_gb_per_s": fetch_gb_per_s(status),
         "stored_blocks": _sum(status, "storing", "committed"),
         "dropped_stores": _sum(status, "storing", "dropped"),
+        "canaries_equal": _sum(status, "trust", "canaries_equal"),
+        "canaries_different": _sum(status, "trust", "canaries_different"),
         "page_url": page_url,
     }
 
@@ -85,7 +87,11 @@ def status_view(status: ClusterStatus) -> Group:
         f"{data['stored_blocks']:,} blocks stored, {data['dropped_stores']:,} stores dropped"
     )
     tokens = _token_table(data["hit_tokens"], data["miss_tokens"])
-    return Group(_node_table(status), tokens, Text(moved))
+    lines = [Text(moved)]
+    if data["canaries_different"]:
+        text = "engines compute different blocks under the same names: see `kvray doctor`"
+        lines.append(Text(text, style="red"))
+    return Group(_node_table(status), tokens, *lines)
 
 
 def _node_table(status: ClusterStatus) -> Table:

@@ -68,6 +68,30 @@ def test_the_field_in_which_two_engines_of_a_model_differ_is_named(field: str, v
     assert verdict(status).endswith(f"differ in {field}")
 
 
+def test_makers_that_compute_different_blocks_are_named_once_with_their_engines() -> None:
+    here, there = node("a", engine(pid=1)), node("b", engine(pid=2) | {"maker": "0000000200000001"})
+    makers = "0000000100000001", "0000000200000001"
+    for one, mine, other in ((here, *makers), (there, *reversed(makers))):
+        pair = {"namespace": "00ff" * 8, "mine": mine, "other": other, "state": "different"}
+        one.details["trust"] = {"requires_proof": True, "pairs": [pair | {"without_verdict": 0}]}
+    (finding,) = bad(cluster(here, there))
+    assert finding.check == "canaries"
+    for said in (*makers, "pid 1 on node aaaaaaaa", "pid 2 on node bbbbbbbb", "00ff00ff"):
+        assert said in finding.text
+    for one in (here, there):
+        one.details["trust"]["pairs"][0]["state"] = "equal"
+    assert not bad(cluster(here, there))
+
+
+@pytest.mark.parametrize("rule", [True, False])
+def test_an_engine_that_has_not_computed_its_canary_is_warned_of(*, rule: bool) -> None:
+    one = node("a", engine(pid=1) | {"maker": "0" * 16}, engine(pid=2))
+    one.details["trust"] = {"requires_proof": rule, "pairs": []}
+    said = warnings(cluster(one))
+    assert ("pid 1" in said and "canary" in said) == rule
+    assert "pid 2" not in said
+
+
 def test_two_models_are_not_expected_to_share() -> None:
     status = cluster(node("a", engine(pid=1)), node("b", engine("qwen", pid=2, hash_seed="2")))
     assert not bad(status)

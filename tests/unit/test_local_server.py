@@ -22,6 +22,7 @@ import pytest
 
 from kvray.core.codec import decode, encode
 from kvray.core.ids import ClientId, Namespace, OpId, Role, SlabId
+from kvray.core.layout import FORMAT_VERSION
 from kvray.core.messages import (
     MAX_MESSAGE_BYTES,
     Ack,
@@ -347,7 +348,7 @@ def send_too_much(client: Client) -> None:
 
 
 def send_noise(client: Client) -> None:
-    client.sock.send(b"\x01 no message at all")
+    client.sock.send(bytes([FORMAT_VERSION]) + b" no message at all")
 
 
 def send_other_version(client: Client) -> None:
@@ -361,7 +362,8 @@ def send_an_answer(client: Client) -> None:
 def send_long_tag(client: Client) -> None:
     """Its error quotes what it has sent."""
     tag = b"x" * 100_000
-    client.sock.send(b"\x01\x81\xa4type\xdb" + len(tag).to_bytes(4, "big") + tag)
+    head = bytes([FORMAT_VERSION]) + b"\x81\xa4type\xdb"
+    client.sock.send(head + len(tag).to_bytes(4, "big") + tag)
 
 
 def send_a_descriptor(client: Client) -> None:
