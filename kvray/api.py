@@ -100,15 +100,17 @@ class Attachment:
     def detach(self, deadline_ms: int = DETACH_DEADLINE_MS) -> None:
         """Wait for loads and stores under way, at most deadline_ms, and give the engine back.
 
-        What is not done by then is lost, which costs misses only. A second call does nothing.
+        What is not done by then is given up: requests compute what they were loading. A second call
+        does nothing.
         """
         if not self._attached:
             return
         for _ in _until(deadline_ms):
-            if self._call("kvray_drain") == 0:
+            if self._call("kvray_drain") == 0 and self._call("kvray_detach") == 0:
                 break
             time.sleep(DRAIN_POLL_MS / 1_000)
-        self._call("kvray_detach")
+        else:
+            self._call("kvray_detach", True)  # noqa: FBT003 (vLLM's utility calls have no keywords)
         self._attached = False
 
     def _require_attached(self) -> None:
@@ -138,10 +140,11 @@ class AsyncAttachment:
         if not self._attached:
             return
         for _ in _until(deadline_ms):
-            if await self._call("kvray_drain") == 0:
+            if await self._call("kvray_drain") == 0 and await self._call("kvray_detach") == 0:
                 break
             await asyncio.sleep(DRAIN_POLL_MS / 1_000)
-        await self._call("kvray_detach")
+        else:
+            await self._call("kvray_detach", True)  # noqa: FBT003 (no keywords there)
         self._attached = False
 
     def _require_attached(self) -> None:
@@ -180,9 +183,10 @@ def attach(llm: Any, config: Config | None = None, **settings: Any) -> Any:
         def call(method: str, *args: Any) -> Any:
             from kvray.engine.attach import DOORS
 
-            if method == "kvray_drain":  # nobody else steps an engine that has no requests
-                core.engine_core.step()
-            return DOORS[method](core.engine_core, *args)
+            engine_core = core.engine_core
+            if method == "kvray_drain" and not engine_core.scheduler.has_unfinished_requests():
+                engine_core.step()  # nobody else does, and no request's output gets lost
+            return DOORS[method](engine_core, *args)
 
     cluster, kvray = _prepare(config, settings)
     with _explained():

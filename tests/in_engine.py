@@ -497,7 +497,7 @@ def _nudged_weight(worker: Any, layer: int) -> None:
 
 def is_cached_anywhere(llm: Any) -> bool:
     """Whether the device keeps any block for reuse."""
-    return not connector_of(llm).device_cache_is_empty()
+    return bool(connector_of(llm).is_tainted())
 
 
 def change_a_weight_under_a_request(llm: Any, prompt: list[int]) -> dict[str, Any]:

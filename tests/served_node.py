@@ -3,6 +3,7 @@
 test thread ──bury──▶ DirectoryCore ◀── HereControl ◀──calls── Serving ──▶ LinkThread ──▶ Link
 """
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -92,6 +93,8 @@ class ServedNode:
         self.control = HereControl(self.directory, self.inbox)
         self._stopping = threading.Event()
         born_ms, wall_ms = clock_ms(), int(time.time() * 1_000)
+        store = StoreCore(geometry, generation_mark=slab.generation_mark)
+        store.adopt(slab.extents, slab.headers, now_ms=born_ms)
         self.serving = Serving(
             info=NodeInfo(
                 node_id=NODE,
@@ -107,7 +110,7 @@ class ServedNode:
                 format_version=FORMAT_VERSION,
             ),
             slab=slab,
-            store=StoreCore(geometry),
+            store=store,
             link=self.link,
             control=self.control,
             server=LocalServer(str(slab.paths.socket)),
@@ -139,7 +142,9 @@ class ServedNode:
         self._thread.join()
         self.serving.close()
         self.control.close()
-        return self.link.close()
+        in_flight = self.link.close()
+        os.close(self.inbox.fileno())  # nobody rings any more
+        return in_flight
 
 
 @contextmanager

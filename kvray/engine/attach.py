@@ -69,7 +69,7 @@ def _attach(core: Any, kvray: dict[str, Any]) -> dict[str, Any]:
         vllm_config.kv_transfer_config = None
         raise
     if hooks.weight_changes(core):
-        connector.renew(tainted=not versions.caches_nothing(scheduler.kv_cache_manager.block_pool))
+        connector.renew(tainted=versions.may_reuse(scheduler.kv_cache_manager.block_pool))
     scheduler.recompute_kv_load_failures = True
     if vllm_config.max_concurrent_batches > 1:
         scheduler.defer_block_free = True
@@ -90,22 +90,34 @@ def _attach(core: Any, kvray: dict[str, Any]) -> dict[str, Any]:
 
 
 def kvray_drain(self: Any) -> int:
-    """From now on nothing is looked up or stored; returns how much is still under way. The
-    engine goes on stepping while that is more than zero.
+    """From now on nothing is looked up or stored, and no request waits for an answer; returns how
+    much is still under way. The engine goes on stepping while that is more than zero.
     """
     connector = _connector(self)
-    connector.lookups.draining = True
-    return int(connector.pending())
+    connector.lookups.drain()
+    versions.promote_loaded(self.scheduler)
+    loading = len(versions.loading_requests(self.scheduler))
+    return max(loading, int(connector.pending()))
 
 
-def kvray_detach(self: Any) -> None:
-    """Take the connector out. Called after kvray_drain returned 0, or its deadline passed; then
-    what is still under way is lost, which costs misses only.
+def kvray_detach(self: Any, at_any_rate: bool = False) -> int:  # noqa: FBT001, FBT002 (a utility call)
+    """Take the connector out, once nothing is under way; returns how much is, and if that is more
+    than zero, nothing else was done.
+
+    at_any_rate: the caller waits no longer. The workers end what they copy, and what was loaded is
+    computed: without a connector nobody would hear of it, and it would wait for ever.
     """
     connector = _connector(self)
     scheduler = self.scheduler
+    left = kvray_drain(self)
+    if left and not at_any_rate:
+        return left
     before, hasher_was = self._kvray_before
     self.model_executor.collective_rpc(worker_detach)
+    if left:
+        logger.warning("kvray: %d copies or loads are given up by a detach", left)
+        connector.lose_jobs()
+        versions.fail_loads(self)
     connector.shutdown()
     scheduler.connector = None
     for name, value in before.items():
@@ -114,6 +126,7 @@ def kvray_detach(self: Any) -> None:
     self.vllm_config.kv_transfer_config = None
     self.model_executor.kv_output_aggregator = None
     logger.info("kvray: detached from engine %d", os.getpid())
+    return 0
 
 
 def kvray_stats(self: Any) -> dict[str, Any]:
@@ -126,7 +139,7 @@ def kvray_name_weights(self: Any, version: str) -> None:
     share blocks. Call it after the weights changed and before requests come.
     """
     connector = _connector(self)
-    connector.renew(f"named:{version}", tainted=not connector.device_cache_is_empty())
+    connector.renew(f"named:{version}", tainted=connector.is_tainted())
 
 
 def _connector(core: Any) -> Any:

@@ -17,6 +17,7 @@ Loaded by name: {"kv_connector": "KVRayConnector", "kv_role": "kv_both",
 import logging
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -32,7 +33,7 @@ from kvray.engine.canary import Canary, CanaryGroup
 from kvray.engine.chunk_names import CHUNK_TOKENS
 from kvray.engine.discovery import socket_finder
 from kvray.engine.facts import Facts, facts_of
-from kvray.engine.guard import guarded, nothing
+from kvray.engine.guard import Switch, guarded, nothing
 from kvray.engine.jobs import (
     KVRayConnectorMetadata,
     KVRayWorkerMetadata,
@@ -80,7 +81,6 @@ class KVRayConnector(OffloadingConnector):
     is_kvray = True
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
-        self.faulted: str | None = None
         versions.require_tested(versions.installed_version())
         support.require_supported(vllm_config, kv_cache_config)
         support.prepare_settings(vllm_config, kv_cache_config)
@@ -97,6 +97,10 @@ class KVRayConnector(OffloadingConnector):
         self._uncached: str | None = None
         self._canary: Canary | None = None
         self._attached = support.engine_config(vllm_config).attached
+        # One for all of kvray in EngineCore: what one part can not do, no other may wait for.
+        is_scheduler = role is KVConnectorRole.SCHEDULER
+        self.switch = self.lookups.switch if is_scheduler else Switch()
+        self._has_left = False
         if role is KVConnectorRole.SCHEDULER:
             self._open(vllm_config, kv_cache_config)
 
@@ -274,9 +278,7 @@ class KVRayConnector(OffloadingConnector):
         self.lookups.begin(request.request_id, runs, early=early)
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
-        if self.faulted is not None:
-            self.lookups.draining = True  # nobody would commit what is reserved
-        meta = super().build_connector_meta(scheduler_output)
+        meta = super().build_connector_meta(self._without_loading(scheduler_output))
         self._note_jobs(meta, scheduler_output)
         return KVRayConnectorMetadata(
             load_jobs=meta.load_jobs,
@@ -285,6 +287,18 @@ class KVRayConnector(OffloadingConnector):
             void_before=self._ledger.void_before,
             computes=scheduler_output.total_num_scheduled_tokens > 0,
         )
+
+    def _without_loading(self, scheduler_output: Any) -> Any:
+        """vLLM asserts that what was preempted is not being loaded. What was preempted between two
+        steps, by reset_prefix_cache, may be: it is asked for and loaded in the very step that tells
+        connectors of it.
+        """
+        preempted = set(scheduler_output.preempted_req_ids or ())
+        if not preempted:
+            return scheduler_output
+        jobs = self.connector_scheduler._jobs.values()  # noqa: SLF001
+        loading = {job.req_id for job in jobs if not job.is_store}
+        return replace(scheduler_output, preempted_req_ids=preempted - loading)
 
     @guarded(nothing)
     def _note_jobs(self, meta: Any, scheduler_output: Any) -> None:
@@ -310,6 +324,7 @@ class KVRayConnector(OffloadingConnector):
     def take_events(self) -> Any:
         # The one thing that vLLM asks of a connector at the end of every step.
         self._note_step_end()
+        self._leave_if_off()
         return super().take_events()
 
     @guarded(nothing)
@@ -333,28 +348,42 @@ class KVRayConnector(OffloadingConnector):
         if self._canary is not None:
             self._canary.request_ended(request.request_id, request.num_computed_tokens, block_ids)
 
+    @guarded(nothing, also_off=True)
+    def _leave_if_off(self) -> None:
+        """A kvray that is off says bye to its NodeStore when no rank copies any more: what it was
+        about to give back when the bug came is then taken from it.
+        """
+        client = self._client
+        if self.switch.off is None or self._has_left or client is None or self.pending():
+            return
+        self._has_left = True
+        threading.Thread(target=client.close, name="kvray-leave", daemon=True).start()
+
     def has_pending_push_work(self) -> bool:
         # Jobs that a reset made stale are forgotten by vLLM, not by us: their slots come back
-        # only when every rank has reported them.
-        return bool(super().has_pending_push_work()) or len(self._ledger) > 0
+        # only when every rank has reported them. A kvray that is off keeps no engine awake for it.
+        is_on = self.switch.off is None
+        return bool(super().has_pending_push_work()) or (is_on and len(self._ledger) > 0)
 
     def update_connector_output(self, connector_output: Any) -> None:
         finished = self._take_reports(connector_output)
         super().update_connector_output(connector_output)
         self._settle(finished)
 
-    @guarded(lambda *_: [])
+    @guarded(lambda *_: [], also_off=True)
     def _take_reports(self, connector_output: Any) -> list[Finished[Subject]]:
         meta = connector_output.kv_connector_worker_meta
         if not isinstance(meta, KVRayWorkerMetadata):
             return []
+        if meta.fault is not None:
+            self.switch.turn_off(f"in a worker: {meta.fault}")
         self.lookups.note_copies(meta.copies)
         return self._ledger.report(meta.completed_jobs, meta.failed_jobs)
 
-    @guarded(nothing)
+    @guarded(nothing, also_off=True)
     def _settle(self, finished: list[Finished[Subject]]) -> None:
         for job in finished:
-            good = job.outcome is Outcome.GOOD
+            good = job.outcome is Outcome.GOOD and self.switch.off is None
             if isinstance(job.subject, SlotSpec):
                 self.lookups.store_ended(job.subject, good=good)
             else:
@@ -362,8 +391,12 @@ class KVRayConnector(OffloadingConnector):
                 self.lookups.load_ended(req_id, view, failed=not good)
 
     def pending(self) -> int:
-        """Loads and stores that some rank has not reported yet."""
-        return len(self._ledger)
+        """Loads and stores that some rank has not reported yet: those that we know of, or vLLM."""
+        return max(len(self._ledger), len(self.connector_scheduler._jobs))  # noqa: SLF001
+
+    def lose_jobs(self) -> None:
+        """The workers' halves are gone, and with them every copy: nobody reports any more."""
+        self._settle(self._ledger.lose())
 
     def stats(self) -> dict[str, Any]:
         """For people and for Attachment.stats(): plain data."""
@@ -375,7 +408,7 @@ class KVRayConnector(OffloadingConnector):
             "fields": dict(lookups.fields),
             "node_id": session.node_id if session is not None else None,
             "connected": session is not None,
-            "uncached": self._uncached or self.faulted or lookups.faulted,
+            "uncached": self._uncached or self.switch.off,
             "slot_bytes": dict(lookups.slot_bytes or {}),
             "pending": self.pending(),
             "canary": None if self._canary is None else self._canary.snapshot(),
@@ -401,16 +434,20 @@ class KVRayConnector(OffloadingConnector):
         super().bind_gpu_block_pool(gpu_block_pool)
         self._block_pool = gpu_block_pool
 
-    def device_cache_is_empty(self) -> bool:
-        """Whether the device keeps no block for reuse, so none of older weights either."""
-        return self._block_pool is None or versions.caches_nothing(self._block_pool)
+    def is_tainted(self) -> bool:
+        """Whether a request that comes may be given device blocks that are there now. Not only what
+        is cached counts: what a request holds may be cached in a later step.
+        """
+        return self._block_pool is not None and versions.may_reuse(self._block_pool)
 
     def untaint(self) -> None:
-        """The device's own prefix cache was emptied: what is computed now may be stored."""
-        self.lookups.tainted = False
+        """The device's own prefix cache was reset: if nothing of the old weights is left, what is
+        computed from now on may be stored.
+        """
+        self.lookups.tainted = self.lookups.tainted and self.is_tainted()
 
     def reset_cache(self) -> bool | None:
-        self.renew(tainted=not self.device_cache_is_empty())
+        self.renew(tainted=self.is_tainted())
         answer: bool | None = super().reset_cache()
         return answer
 
@@ -526,4 +563,5 @@ class KVRayConnector(OffloadingConnector):
             meta,
             failed_jobs=self.transfers.take_failed_jobs(),
             copies=self.transfers.take_copies(),
+            fault=self.transfers.switch.off,
         )

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 
 from kvray.config import EngineConfig
-from kvray.engine.requests import Access, RequestView
+from kvray.engine.requests import RequestEvent, RequestState, RequestView
 from kvray.node.client import NodeClient
 
 # Steps in which a look-up could not be asked, since the answer to the one before it is late. One
 # without work takes a millisecond, and a NodeStore that waits for a core gets one within ten.
 MAX_UNASKED_STEPS = 16
 MAX_RESTING = 32  # requests to look through every millisecond; with more, vLLM's own loop goes on
+_ANSWERED = frozenset({RequestState.EARLY, RequestState.ASKED})
 REST_LIMIT_S = 0.1  # then vLLM has a step all the same: it may wait for what we know nothing of
 
 
@@ -48,20 +49,25 @@ class Holds:
         """Hold a request that could not be asked about; False if it has waited for long enough, or
         nobody would answer in the next step either.
         """
-        is_late = view.held_s and time.monotonic() - view.held_s >= self._deadline_s
-        if is_late or view.unasked_steps >= MAX_UNASKED_STEPS or not client.may_answer_soon:
+        if not self.may_wait(view) or view.unasked_steps >= MAX_UNASKED_STEPS:
             return False
-        view.unasked = True
+        if not client.may_answer_soon:
+            return False
+        view.move(RequestEvent.NOT_ASKED)
         view.unasked_steps += 1
         self.begin(view)
         return True
 
+    def may_wait(self, view: RequestView) -> bool:
+        """Whether it may be held for yet another step, in which it is asked about."""
+        return not view.held_s or time.monotonic() - view.held_s < self._deadline_s
+
     def is_held(self, view: RequestView) -> bool:
         """Whether `lookup` would say RETRY, and `begin` would not ask anew."""
         ticket = view.ticket
-        if ticket is None or view.loading or view.access is not Access.OPEN or ticket.settled:
+        if view.state not in _ANSWERED or ticket is None or ticket.settled:
             return False
-        if view.early and view.has_old_miss(time.monotonic()):
+        if view.state is RequestState.EARLY and view.has_old_miss(time.monotonic()):
             return False
         return not (self._loads_early and ticket.arriving)
 

@@ -59,7 +59,7 @@ def _before_change(engine_core: Any) -> None:
     engine_core._kvray_weight_changes = weight_changes(engine_core) + 1  # noqa: SLF001
     connector = engine_core.scheduler.connector
     if isinstance(connector, KVRayConnector):
-        connector.renew(tainted=not connector.device_cache_is_empty())
+        connector.renew(tainted=connector.is_tainted())
 
 
 def after_change(engine_core: Any) -> None:
@@ -74,7 +74,7 @@ def after_change(engine_core: Any) -> None:
     ):
         return
     ranks = engine_core.model_executor.collective_rpc(worker_weights)
-    connector.measured(ranks, tainted=not connector.device_cache_is_empty())
+    connector.measured(ranks, tainted=connector.is_tainted())
 
 
 def worker_weights(worker: Any) -> Weights:
@@ -131,7 +131,7 @@ def _wrap_wake_up(engine_core_class: Any) -> None:
 
 
 def _wrap_reset(scheduler_class: Any) -> None:
-    """After a reset that succeeded the device caches nothing of the old weights any more."""
+    """After a reset that succeeded the device has nothing of the old weights any more."""
     original = scheduler_class.reset_prefix_cache
 
     @functools.wraps(original)
@@ -140,7 +140,7 @@ def _wrap_reset(scheduler_class: Any) -> None:
 
         answer = original(self, *args, **kwargs)
         connector = self.connector
-        if isinstance(connector, KVRayConnector) and connector.device_cache_is_empty():
+        if isinstance(connector, KVRayConnector):
             connector.untaint()
         return answer
 

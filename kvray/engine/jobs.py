@@ -102,11 +102,12 @@ class KVRayConnectorMetadata(OffloadingConnectorMetadata):
 class KVRayWorkerMetadata(OffloadingWorkerMetadata):
     """failed_jobs: jobs among completed_jobs whose copy failed on at least one of the ranks that
     this message speaks for. copies: how often a rank's copy took how long, by the name of the
-    counter (core.durations.copy_counter).
+    counter (core.durations.copy_counter). fault: why kvray is off in one of these ranks, if it is.
     """
 
     failed_jobs: set[int] = field(default_factory=set)
     copies: dict[str, int] = field(default_factory=dict)
+    fault: str | None = None
 
     @classmethod
     def wrap(
@@ -115,9 +116,10 @@ class KVRayWorkerMetadata(OffloadingWorkerMetadata):
         *,
         failed_jobs: set[int],
         copies: Mapping[str, int],
+        fault: str | None = None,
     ) -> "KVRayWorkerMetadata":
         known = {f.name: getattr(meta, f.name) for f in fields(OffloadingWorkerMetadata)}
-        return cls(**known, failed_jobs=failed_jobs, copies=dict(copies))
+        return cls(**known, failed_jobs=failed_jobs, copies=dict(copies), fault=fault)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Join the reports of two ranks. vLLM's own version would drop what is kvray's."""
@@ -128,6 +130,7 @@ class KVRayWorkerMetadata(OffloadingWorkerMetadata):
             merged,
             failed_jobs=self.failed_jobs | other.failed_jobs,
             copies=Counter(self.copies) + Counter(other.copies),
+            fault=self.fault or other.fault,
         )
 
 

@@ -92,6 +92,11 @@ class JobLedger(Generic[Subject]):
             job.void = True
             self.void_before = max(self.void_before, job_id + 1)
 
+    def lose(self) -> list[Finished[Subject]]:
+        """Every copy has ended, and no rank will report it: all that is open has failed."""
+        pending = {job_id: job.pending_ranks for job_id, job in self._open.items()}
+        return self.report(pending, list(pending))
+
     def subjects(self, kind: JobKind) -> list[Subject]:
         """Of the open jobs of one kind, in the order of their begin. May be called from another
         thread: list() of a dict's values is one step under the GIL.

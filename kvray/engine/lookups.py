@@ -14,8 +14,9 @@ has come; the workers wait for each slot (engine.arrivals). What fails to come i
 The NodeStore has a step's budget for all questions of that step. A request that can not be asked
 about any more is asked about in the next step, a few times: computing it takes longer than those.
 
-A request has one deadline for everything that kvray does for it. After it, after one failed load
-and after a change of weights, its answers are misses until it ends or is preempted.
+A request has one deadline for everything that kvray does for it. After it and after one failed
+load its answers are misses until it ends or is preempted. New weights, a switch-off and a detach
+are events of each request that there is (engine.requests): afterwards it waits for nothing.
 """
 
 import logging
@@ -46,12 +47,12 @@ from kvray.core.messages import Grant, KeyState
 from kvray.core.reasons import MissReason
 from kvray.core.speeds import PREFILL_TOKENS, PREFILL_US, STORED_BYTES, STORED_TOKENS
 from kvray.engine import metrics, versions
-from kvray.engine.guard import guarded, nothing
+from kvray.engine.guard import Switch, guarded, nothing
 from kvray.engine.holds import Holds
 from kvray.engine.jobs import SlotSpec
 from kvray.engine.namespace import digest, renewed
 from kvray.engine.prefill_rate import PrefillRate
-from kvray.engine.requests import Access, RequestView, Run
+from kvray.engine.requests import RequestEvent, RequestState, RequestView, Run
 from kvray.engine.sources import TokenCounts, cause_of, failure_of
 from kvray.node.client import NodeClient
 
@@ -72,12 +73,13 @@ class Lookups(OffloadingManager):
     """
 
     def __init__(self, *, config: EngineConfig, tokens_per_chunk: Mapping[int, int]) -> None:
-        self.faulted: str | None = None
+        self.switch = Switch()  # the connector's, too
+        self.switch.when_off(self.drain)
         self._config = config
         self._tokens_per_chunk = dict(tokens_per_chunk)
         self.slot_bytes: dict[int, int] | None = None
         self.tainted = False  # device blocks of old weights may still be cached: store nothing
-        self.draining = False
+        self.draining = False  # nothing is looked up or stored any more
         self.prefill_rate = PrefillRate()
         self._requests: dict[str, RequestView] = {}
         self._with_ticket: dict[str, RequestView] = {}
@@ -128,7 +130,8 @@ class Lookups(OffloadingManager):
 
     @guarded(lambda *_: RequestOffloadingContext())
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
-        self._requests[req_context.req_id] = RequestView()
+        state = RequestState.BARRED if self.draining else RequestState.OPEN
+        self._requests[req_context.req_id] = RequestView(state)
         return RequestOffloadingContext()
 
     def describe(self, req_id: str, *, salt: bytes, shareable: bool) -> None:
@@ -139,7 +142,7 @@ class Lookups(OffloadingManager):
         if view is not None:
             view.salt = salt
             if not shareable:
-                view.access = Access.BARRED
+                self._move(req_id, view, RequestEvent.BAR)
                 view.prompt.why = MissReason.BYPASSED
 
     def begin(self, req_id: str, runs: Sequence[Run], *, early: bool = False) -> None:
@@ -148,24 +151,16 @@ class Lookups(OffloadingManager):
         has found, and a question that finds no answer will be asked again.
         """
         view = self._requests.get(req_id)
-        if view is not None:
-            view.unasked = False
-        if view is not None and view.early and not early:
-            view.early = False
-            if view.is_outdated(runs, time.monotonic()):
-                view.early_cause = None if view.ticket is None else cause_of(view.ticket)
-                self._release(req_id, view)
-        if (
-            view is None
-            or view.ticket is not None
-            or (early and len(self._with_ticket) >= MAX_EARLY_LOOKUPS)
-            or view.access is not Access.OPEN
-            or self.slot_bytes is None
-            or self.draining
-        ):
+        if view is None:
+            return
+        if not early:
+            self._take_turn(req_id, view, runs)
+        is_full = early and len(self._with_ticket) >= MAX_EARLY_LOOKUPS
+        if view.state is not RequestState.OPEN or self.slot_bytes is None or is_full:
             return
         runs = [run for run in runs if run.keys]
         if not runs:
+            self._holds.end(view)
             return
         offload_keys = [key for run in runs for key in run.keys]
         self.counters["lookups"] += 1
@@ -179,19 +174,28 @@ class Lookups(OffloadingManager):
         )
         if ticket is None:
             if not early and not self._holds.until_next_step(view, self._client):
-                self._compute(view)
+                self._give_up(view)
             return
         view.unasked_steps = 0
         view.ticket = ticket
-        view.early = early
+        view.move(RequestEvent.ASK_EARLY if early else RequestEvent.ASK)
         view.index = {key: i for i, key in enumerate(offload_keys)}
         view.asked_s = time.monotonic()
         self._with_ticket[req_id] = view
 
-    def _compute(self, view: RequestView) -> None:
+    def _take_turn(self, req_id: str, view: RequestView, runs: Sequence[Run]) -> None:
+        """The scheduler asks for it: what was said before is good, or is asked again."""
+        is_early = view.state is RequestState.EARLY
+        if is_early and view.is_outdated(runs, time.monotonic()):
+            view.early_cause = None if view.ticket is None else cause_of(view.ticket)
+            self._move(req_id, view, RequestEvent.OUTDATE)
+        else:
+            view.move(RequestEvent.TURN)
+
+    def _give_up(self, view: RequestView) -> None:
         """It could not be asked about, and waits for that no longer."""
         self._holds.end(view)
-        view.access = Access.MISSING
+        view.move(RequestEvent.GIVE_UP)
         view.prompt.why = self._unasked(view.early_cause)
 
     def _key_compute_us(self, runs: Sequence[Run]) -> int:
@@ -204,27 +208,31 @@ class Lookups(OffloadingManager):
     @guarded(lambda *_: LookupResult.MISS)
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         view = self._requests.get(req_context.req_id)
-        if view is not None and view.unasked:
-            return LookupResult.RETRY
-        if view is None or view.ticket is None or (i := view.index.get(key)) is None:
+        if view is None:
             return LookupResult.MISS
+        if view.state is RequestState.UNASKED:
+            if self._holds.may_wait(view):
+                return LookupResult.RETRY
+            self._give_up(view)
         ticket = view.ticket
+        if ticket is None or view.state.is_loading or (i := view.index.get(key)) is None:
+            return LookupResult.MISS
         may_load_early = self._config.loads_early and ticket.arriving
         if may_load_early or ticket.settled:
             self._holds.end(view)
         state = ticket.states[i]
         if state == KeyState.HIT:
             return LookupResult.HIT
-        if state == KeyState.COMING and may_load_early and view.access is Access.OPEN:
-            return LookupResult.HIT
-        if state == KeyState.MISS or view.access is not Access.OPEN:
+        if state == KeyState.MISS or view.state is RequestState.OVERDUE:
             return LookupResult.MISS
+        if state == KeyState.COMING and may_load_early:
+            return LookupResult.HIT
         self._holds.begin(view)
         if self._holds.left_s(view) > 0:
             return LookupResult.RETRY
         self._holds.end(view)
         # Whatever has arrived by now counts; the rest of this request is computed.
-        view.access = Access.MISSING
+        view.move(RequestEvent.DEADLINE)
         view.prompt.why = MissReason.DEADLINE
         self.counters["expired_lookups"] += 1
         return LookupResult.MISS
@@ -242,7 +250,7 @@ class Lookups(OffloadingManager):
         view = self._requests[req_context.req_id]
         ticket, slot_bytes = view.ticket, self.slot_bytes
         session = self._client.session
-        view.loading = True
+        view.move(RequestEvent.LOAD)
         view.prompt.peer_chunk_tokens = 0
         if ticket is None or slot_bytes is None or session is None:
             return SlotSpec.void()
@@ -280,15 +288,9 @@ class Lookups(OffloadingManager):
 
     def load_ended(self, req_id: str, view: RequestView, *, failed: bool) -> None:
         """Every rank has reported the load; its slots are no longer read."""
-        view.loading = False
         self._tokens.load_ended(view.prompt, failure_of(view.ticket) if failed else None)
-        if failed:
-            self.counters["failed_loads"] += 1
-            if view.access is Access.OPEN:
-                view.access = Access.MISSING
-        self._release(req_id, view)
-        if view.finished and self._requests.get(req_id) is view:
-            del self._requests[req_id]
+        self.counters["failed_loads"] += failed
+        self._move(req_id, view, RequestEvent.LOAD_FAILED if failed else RequestEvent.LOAD_ENDED)
 
     # ---- where its tokens come from
 
@@ -317,7 +319,7 @@ class Lookups(OffloadingManager):
         return MissReason.NODE_STORE_SLOW if is_there else MissReason.NO_NODE_STORE
 
     def _reason(self, view: RequestView) -> MissReason:
-        if view.access is Access.BARRED or self.slot_bytes is None or self.draining:
+        if not view.state.may_store or self.slot_bytes is None or self.draining:
             return MissReason.BYPASSED
         if view.prompt.why is not None:
             return view.prompt.why
@@ -352,7 +354,7 @@ class Lookups(OffloadingManager):
         slot_bytes = self.slot_bytes
         if (
             view is None
-            or view.access is Access.BARRED
+            or not view.state.may_store
             or slot_bytes is None
             or self.tainted
             or self.draining
@@ -420,15 +422,15 @@ class Lookups(OffloadingManager):
         if self._with_ticket:
             for req_id in req_ids:
                 view = self._with_ticket.get(req_id)
-                if view is not None and not view.loading:
-                    self._release(req_id, view)
+                if view is not None and not view.state.is_loading:
+                    self._move(req_id, view, RequestEvent.COMPUTE)
 
     @guarded(nothing)
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         for req_id in context.preempted_req_ids:
             view = self._requests.get(req_id)
-            if view is not None and view.access is Access.MISSING:
-                view.access = Access.OPEN
+            if view is not None:
+                view.move(RequestEvent.PREEMPT)
         self._client.begin_step()
 
     @guarded(nothing)
@@ -436,11 +438,8 @@ class Lookups(OffloadingManager):
         view = self._requests.get(req_context.req_id)
         if view is None:
             return
-        view.finished = True
         self.counters["dropped_chunks"] += view.postponed_chunks  # there is no next step
-        if not view.loading:
-            self._release(req_context.req_id, view)
-            del self._requests[req_context.req_id]
+        self._move(req_context.req_id, view, RequestEvent.FINISH)
         self._report()
 
     def renew(self, nonce: str | None = None, *, tainted: bool) -> None:
@@ -454,24 +453,45 @@ class Lookups(OffloadingManager):
         self._fields = renewed(self._fields, nonce or secrets.token_hex(16))
         self.namespace = Namespace(digest(self._fields))
         self.tainted = tainted
-        for req_id, view in self._requests.items():
-            view.access = Access.BARRED
-            if not view.loading:
-                self._release(req_id, view)
+        self._bar_all()
         logger.info("kvray: weights change, namespace is %s from now on", self.namespace.hex())
 
-    @guarded(nothing)
+    @guarded(nothing, also_off=True)
     def shutdown(self) -> None:
         """The engine ends, or is given back: what its last requests have stored is still said."""
         self._report()
 
-    def _release(self, req_id: str, view: RequestView) -> None:
-        self._holds.end(view)
-        if view.ticket is not None:
-            self._client.unpin(view.ticket)
-            view.ticket = None
-            view.index = {}
-        self._with_ticket.pop(req_id, None)
+    def drain(self) -> None:
+        """Nothing is looked up or stored any more: kvray is taken out, or has switched itself off.
+        What is under way ends as it would, and each request that waits goes on without kvray.
+        """
+        self.draining = True
+        self._bar_all()
+
+    def _bar_all(self) -> None:
+        for req_id, view in self._requests.items():
+            self._move(req_id, view, RequestEvent.BAR)
+
+    def _move(self, req_id: str, view: RequestView, event: RequestEvent) -> None:
+        """An event after which it may hold nothing any more: then its ticket is given back."""
+        view.move(event)
+        if not view.state.has_ticket:
+            self._holds.end(view)
+            if view.ticket is not None:
+                self._client.unpin(view.ticket)
+                view.ticket = None
+                view.index = {}
+            if self._with_ticket.get(req_id) is view:
+                del self._with_ticket[req_id]
+        if view.state is RequestState.FINISHED and self._requests.get(req_id) is view:
+            del self._requests[req_id]
+
+    def check(self) -> None:
+        """To be called between two steps: a request has a ticket exactly if its state says so."""
+        for view in self._requests.values():
+            view.check()
+        held = {id(view) for view in self._requests.values() if view.ticket is not None}
+        assert {id(view) for view in self._with_ticket.values()} == held
 
 
 def _firsts(sizes: Sequence[int]) -> list[int]:

@@ -29,7 +29,7 @@ from kvray.core.durations import copy_counter
 from kvray.engine.arrivals import Arrivals
 from kvray.engine.canary_rank import RankCanary
 from kvray.engine.copier import Executor
-from kvray.engine.guard import guarded, nothing
+from kvray.engine.guard import Switch, guarded, nothing
 from kvray.engine.jobs import RankHandshake, SlotSpec
 from kvray.engine.pieces import GroupPages, are_whole_chunks, build_pieces, fits
 from kvray.engine.workplace import Copies
@@ -58,7 +58,7 @@ class Transfers(OffloadingWorker):
         copies: Copies,
         canary: RankCanary,
     ) -> None:
-        self.faulted: str | None = None
+        self.switch = Switch()
         self._groups = list(groups)
         self._rank = rank
         self._client = client
@@ -213,7 +213,7 @@ class Transfers(OffloadingWorker):
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
-    @guarded(nothing)
+    @guarded(nothing, also_off=True)
     def shutdown(self) -> None:
         """Bye says that this process writes nothing more (rule 3). Where that is not so, nothing is
         said: what it writes into is free when the NodeStore sees this process gone.

@@ -62,8 +62,9 @@ def transfer_results(sent: set[str], received: set[str], failed: set[str]) -> An
     )
 
 
-# What attach sets in vLLM's scheduler and detach sets back.
-SCHEDULER_SETTINGS = ("recompute_kv_load_failures", "defer_block_free", "requires_kv_delivery")
+# What attach sets in vLLM's scheduler and detach sets back. Not defer_block_free: blocks whose
+# return was put off are given back only while it is set, and it costs nothing.
+SCHEDULER_SETTINGS = ("recompute_kv_load_failures", "requires_kv_delivery")
 
 
 def ensure_block_hasher(core: Any) -> None:
@@ -137,10 +138,57 @@ def is_asleep(engine_core: Any) -> bool:
     return bool(engine_core.model_executor.is_sleeping)
 
 
-def caches_nothing(block_pool: Any) -> bool:
-    """Whether a device block pool keeps no block for reuse."""
+def may_reuse(block_pool: Any) -> bool:
+    """Whether what is in a device block pool now may be given to a later request: blocks that are
+    cached, and those that a request holds, which may be cached yet.
+    """
     cached = block_pool.cached_block_hash_to_block
-    return not getattr(cached, "_cache", cached)
+    held_blocks = block_pool.num_gpu_blocks - block_pool.get_num_free_blocks() - 1  # the null block
+    is_empty = not getattr(cached, "_cache", cached)
+    return bool(block_pool.enable_caching and (held_blocks or not is_empty))
+
+
+def loading_requests(scheduler: Any) -> list[Any]:
+    """Requests that hold device blocks for a load: until it was reported and the scheduler has come
+    to them again, or, if they have finished meanwhile, until it was reported.
+    """
+    from vllm.v1.request import RequestStatus
+
+    loading = RequestStatus.WAITING_FOR_REMOTE_KVS
+    return [r for r in scheduler.requests.values() if r.status == loading or r.is_finished()]
+
+
+def promote_loaded(scheduler: Any) -> None:
+    """Do now what the scheduler does when it comes to a request whose load has been reported: with
+    a full batch it does not come there, and without a connector it can not.
+    """
+    promote = (
+        scheduler._handle_blocked_waiting_request  # noqa: SLF001
+        if hasattr(scheduler, "_handle_blocked_waiting_request")  # 0.32
+        else scheduler._try_promote_blocked_waiting_request  # noqa: SLF001 (0.29)
+    )
+    for request in loading_requests(scheduler):
+        if request.request_id in scheduler.finished_recving_kv_req_ids:
+            promote(request)
+
+
+def fail_loads(engine_core: Any) -> None:
+    """No rank copies any more, or will report: what is loaded is computed instead, and the device
+    blocks of what has finished meanwhile are free. Steps under way still have reports, of which
+    the scheduler must not hear then.
+    """
+    scheduler = engine_core.scheduler
+    for future, *_ in engine_core.batch_queue or ():
+        if (output := future.result()) is not None:
+            output.kv_connector_output = None
+    for request in loading_requests(scheduler):
+        if request.is_finished():
+            scheduler._free_blocks(request)  # noqa: SLF001
+        elif request.request_id not in scheduler.finished_recving_kv_req_ids:
+            request.num_computed_tokens = 0
+            scheduler.failed_recving_kv_req_ids.add(request.request_id)
+            scheduler.finished_recving_kv_req_ids.add(request.request_id)
+    promote_loaded(scheduler)
 
 
 def device_hit_tokens(

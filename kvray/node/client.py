@@ -16,6 +16,7 @@ Imports neither Ray nor NIXL nor vLLM nor torch.
 
 import itertools
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -123,6 +124,7 @@ class NodeClient:
         self._said = Introduce(OpId(0), namespace, dict(fields or {}))
         self._connection: Connection | None = None
         self._closed = False
+        self._closing = threading.Lock()
         self._teller = Teller(self._ops, self.counters, outbox_limit=outbox_limit)
         self._questions = Questions(self._teller, self.counters)
         self._connector = Connector(
@@ -407,16 +409,19 @@ class NodeClient:
         return self._teller.drain(deadline_s)
 
     def close(self, deadline_s: float = CLOSE_DEADLINE_S) -> None:
-        """Drain, say bye and end the threads. Open tickets are lost. Idempotent."""
-        if self._closed:
-            return
+        """Drain, say bye and end the threads. Open tickets are lost. Idempotent; who comes second
+        waits for the first.
+        """
         end_s = time.monotonic() + deadline_s
-        if self.session is not None:
-            self.drain(deadline_s)
-            self._teller.bye(end_s - time.monotonic())
-        self._closed = True
-        self._connector.close(max(JOIN_S, end_s - time.monotonic()))
-        self._teller.close(JOIN_S)
+        with self._closing:
+            if self._closed:
+                return
+            if self.session is not None:
+                self.drain(deadline_s)
+                self._teller.bye(end_s - time.monotonic())
+            self._closed = True
+            self._connector.close(max(JOIN_S, end_s - time.monotonic()))
+            self._teller.close(JOIN_S)
 
     # ---- on the connector's thread
 

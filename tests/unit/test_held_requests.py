@@ -237,7 +237,7 @@ def test_an_engine_that_has_something_to_do_does_not_rest(engine: Engine, other:
         engine.begin("b").miss()
     elif other == "is being loaded":
         engine.begin("b")
-        engine.lookups.view_of("b").loading = True  # type: ignore[union-attr]
+        engine.lookups.prepare_load(KEYS, ReqContext(req_id="b"))
     engine.lookups.rest(["a", "b"], lambda: False)
     assert not engine.client.looks
 

@@ -123,7 +123,7 @@ def test_a_job_of_vllm_moves_its_blocks(worker: Worker) -> None:
         wanted[layer][LOADED.start : LOADED.stop] = before[layer][STORED.start : STORED.stop]
         assert torch.equal(cache.pages(layer), wanted[layer])
     assert transfers.take_failed_blocks() == set()
-    assert transfers.faulted is None
+    assert transfers.switch.off is None
     assert sum(transfers.take_copies().values()) == 2
 
 
@@ -175,7 +175,7 @@ def test_a_store_with_a_hole_fails_and_the_next_one_does_not(worker: Worker, hol
     job = GPULoadStoreSpec(ids, group_sizes=(len(ids),), block_indices=(first,))
     assert worker.transfers.submit_store(1, job, worker.slots(places))
     assert worker.ended(1) == {1}
-    assert worker.transfers.faulted is None
+    assert worker.transfers.switch.off is None
     assert worker.transfers.submit_store(2, blocks(STORED), worker.slots(places))
     worker.transfers.wait({2})
     assert worker.ended(2) == set()

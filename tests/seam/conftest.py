@@ -1,0 +1,30 @@
+"""One Seam for all tests of a module."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from tests.seam.pairs import Seam, seam
+from tests.seam.states import World
+
+
+@pytest.fixture(scope="module")
+def made() -> Iterator[Seam]:
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # a switch-off is logged with its story, and is wanted here
+    try:
+        with seam() as made:
+            yield made
+    finally:
+        logging.disable(disabled)
+
+
+@pytest.fixture
+def world(made: Seam) -> Iterator[World]:
+    """The chunks of STORED are in the slab, and not on the device."""
+    with made.world() as world:
+        world.fill_slab()
+        yield world
