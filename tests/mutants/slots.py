@@ -91,7 +91,7 @@ BUGS: tuple[Mutant, ...] = (
                 "block.place if block is not None else",
             ),
         ),
-        simulated(20, first=20),
+        simulated(20),
     ),
     Mutant(
         "an eviction is not written down",
@@ -152,6 +152,20 @@ BUGS: tuple[Mutant, ...] = (
         "a fetch has no deadline",
         "kvray.core.waits",
         (("self._deadlines.set(waiter, deadline_ms)", "self._deadlines.set(waiter, 2**62)"),),
+        simulated(20),
+    ),
+    Mutant(
+        "the simulator's engines wait for an answer for as long as it takes",
+        "tests.sim.requests",
+        (
+            (
+                (
+                    '            self.engine.world.count("answer_overdue")\n'
+                    "            self.lose()\n"
+                ),
+                "            pass\n",
+            ),
+        ),
         simulated(20),
     ),
     Mutant(
