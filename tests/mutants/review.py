@@ -1,5 +1,9 @@
 """The twelve bugs with which a reviewer tried the tests. Each has the check that finds it soonest;
 with --simulator-only the simulator alone has to.
+
+Two of them no schedule of real cores can show. A: where a block lies follows from its slot and its
+bytes, which are compared, so the offset is there for a peer that has another geometry than it says.
+E: a NodeCore tells no change between two parts of its set.
 """
 
 from tests.mutants.mutant import Mutant, simulated, tested
