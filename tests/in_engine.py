@@ -90,6 +90,13 @@ def change_weights_unseen(llm: Any) -> None:
     llm.collective_rpc(push_weights)
 
 
+def load_adapter_again(llm: Any, name: str, number: str, folder: str) -> None:
+    """As vllm serve does with load_inplace."""
+    from vllm.lora.request import LoRARequest
+
+    llm.llm_engine.add_lora(LoRARequest(name, int(number), folder, load_inplace=True))
+
+
 def fields(llm: Any) -> dict[str, Any]:
     """What the namespace is the digest of."""
     return dict(connector_of(llm).lookups.fields)

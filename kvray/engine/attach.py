@@ -83,6 +83,7 @@ def _attach(core: Any, kvray: dict[str, Any]) -> dict[str, Any]:
     connector.set_xfer_handshake_metadata_pp_aware(content)
     if hooks.weight_changes(core):
         hooks.after_change(core)
+    hooks.tell_adapters(core)
     core._kvray_before = (before, hasher_was)  # noqa: SLF001 (our own mark)
     connector.prove(core)
     logger.info("kvray: attached to engine %d with workers %s", os.getpid(), pids)

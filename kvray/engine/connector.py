@@ -29,6 +29,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import Of
 from kvray.config import find_sockets
 from kvray.core.ids import Namespace
 from kvray.engine import canary, hooks, support, versions
+from kvray.engine.adapter_watch import loaded_with
+from kvray.engine.adapters import Adapters, Loaded
 from kvray.engine.canary import Canary, CanaryGroup
 from kvray.engine.chunk_names import CHUNK_TOKENS
 from kvray.engine.discovery import socket_finder
@@ -44,7 +46,6 @@ from kvray.engine.ledger import Finished, JobKind, JobLedger, Outcome
 from kvray.engine.lookups import Lookups
 from kvray.engine.namespace import (
     NONCE,
-    AdapterDigests,
     are_named,
     as_text,
     digest,
@@ -87,7 +88,9 @@ class KVRayConnector(OffloadingConnector):
         super().__init__(vllm_config, role, kv_cache_config)
         self._world_size: int = vllm_config.parallel_config.world_size
         self._ledger: JobLedger[Subject] = JobLedger(self._world_size)
-        self._adapters = AdapterDigests()
+        self._adapters = Adapters(self._world_size)
+        self._layers: dict[str, Any] = {}  # of a worker: those with caches
+        self._adapters_said: Loaded = {}
         self._block_pool: Any = None
         self._loading: dict[int, str] = {}
         self._vllm_config = vllm_config
@@ -217,7 +220,10 @@ class KVRayConnector(OffloadingConnector):
         if (adapter := versions.lora_identity(request)) is not None:
             salt = self._adapters.salt(*adapter)
         self.lookups.describe(
-            request.request_id, salt=salt or b"", shareable=shareable and salt is not None
+            request.request_id,
+            salt=salt or b"",
+            shareable=shareable and salt is not None,
+            adapter=None if adapter is None else adapter[0],
         )
 
     def get_num_new_matched_tokens(
@@ -377,6 +383,7 @@ class KVRayConnector(OffloadingConnector):
             return []
         if meta.fault is not None:
             self.switch.turn_off(f"in a worker: {meta.fault}")
+        self._note_adapters(meta.adapters)  # first: what was copied may be of both
         self.lookups.note_copies(meta.copies)
         return self._ledger.report(meta.completed_jobs, meta.failed_jobs)
 
@@ -389,6 +396,20 @@ class KVRayConnector(OffloadingConnector):
             else:
                 req_id, view = job.subject
                 self.lookups.load_ended(req_id, view, failed=not good)
+
+    @guarded(nothing)
+    def adapters_loaded(self, ranks: Mapping[int, Loaded]) -> None:
+        """Between two steps; see hooks."""
+        self._note_adapters(ranks)
+
+    def _note_adapters(self, ranks: Mapping[int, Loaded]) -> None:
+        if not ranks:
+            return
+        changes = self._adapters.report(ranks)
+        for name in changes.lost:
+            self.lookups.bar_adapter(name)
+        if changes.is_replaced:
+            self._ledger.renew()
 
     def pending(self) -> int:
         """Loads and stores that some rank has not reported yet: those that we know of, or vLLM."""
@@ -445,6 +466,8 @@ class KVRayConnector(OffloadingConnector):
         computed from now on may be stored.
         """
         self.lookups.tainted = self.lookups.tainted and self.is_tainted()
+        if not self.is_tainted():
+            self._adapters.device_was_reset()
 
     def reset_cache(self) -> bool | None:
         self.renew(tainted=self.is_tainted())
@@ -503,7 +526,7 @@ class KVRayConnector(OffloadingConnector):
 
     @guarded(nothing)
     def _read_facts(self, kv_caches: dict[str, Any]) -> None:
-        layers = versions.attention_layers(self._vllm_config, kv_caches)
+        layers = self._layers = versions.attention_layers(self._vllm_config, kv_caches)
         self._weights = weights_of(layers.values())
         self._facts = facts_of(
             layers,
@@ -557,11 +580,24 @@ class KVRayConnector(OffloadingConnector):
 
     def build_connector_worker_meta(self) -> Any:
         meta = super().build_connector_worker_meta()
-        if meta is None or self.connector_worker is None:
+        if self.connector_worker is None:
             return meta
+        adapters = self._take_adapters()
+        if meta is None:
+            return KVRayWorkerMetadata(adapters=adapters) if adapters else None
         return KVRayWorkerMetadata.wrap(
             meta,
             failed_jobs=self.transfers.take_failed_jobs(),
             copies=self.transfers.take_copies(),
             fault=self.transfers.switch.off,
+            adapters=adapters,
         )
+
+    @guarded(lambda *_: {})
+    def _take_adapters(self) -> dict[int, Loaded]:
+        """Those of this rank, if they are others than it has said last."""
+        now = loaded_with(self._layers.values())
+        if now == self._adapters_said:
+            return {}
+        self._adapters_said = now
+        return {self._vllm_config.parallel_config.rank: now}

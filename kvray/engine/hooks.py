@@ -12,6 +12,8 @@ import logging
 from typing import Any
 
 from kvray.engine import steps, versions
+from kvray.engine.adapter_watch import loaded_with
+from kvray.engine.adapters import Loaded
 from kvray.engine.weights import Weights, measured_again
 
 logger = logging.getLogger("kvray.engine")
@@ -42,6 +44,7 @@ def install() -> None:
     _wrap_collective_rpc(EngineCore)
     _wrap_sleep(EngineCore)
     _wrap_wake_up(EngineCore)
+    _wrap_add_lora(EngineCore)
     _wrap_reset(Scheduler)
     steps.install()
 
@@ -80,12 +83,44 @@ def after_change(engine_core: Any) -> None:
 def worker_weights(worker: Any) -> Weights:
     """In each worker: what it has loaded by now."""
     inner = getattr(worker, "worker", worker)
-    names = [
-        name
-        for group in inner.model_runner.kv_cache_config.kv_cache_groups
-        for name in group.layer_names
-    ]
-    return measured_again(versions.attention_layers(inner.vllm_config, names).values())
+    return measured_again(_layers_of(inner))
+
+
+def worker_adapters(worker: Any) -> dict[int, Loaded]:
+    """In each worker: its adapters, by its rank."""
+    inner = getattr(worker, "worker", worker)
+    return {inner.vllm_config.parallel_config.rank: loaded_with(_layers_of(inner))}
+
+
+def _layers_of(worker: Any) -> list[Any]:
+    """Those that have caches."""
+    groups = worker.model_runner.kv_cache_config.kv_cache_groups
+    names = [name for group in groups for name in group.layer_names]
+    return list(versions.attention_layers(worker.vllm_config, names).values())
+
+
+def tell_adapters(engine_core: Any) -> None:
+    """An adapter was loaded between two steps: what the workers have now is known at once."""
+    from kvray.engine.connector import KVRayConnector
+
+    connector = engine_core.scheduler.connector
+    if isinstance(connector, KVRayConnector):
+        ranks: dict[int, Loaded] = {}
+        for said in engine_core.model_executor.collective_rpc(worker_adapters):
+            ranks |= said
+        connector.adapters_loaded(ranks)
+
+
+def _wrap_add_lora(engine_core_class: Any) -> None:
+    original = engine_core_class.add_lora
+
+    @functools.wraps(original)
+    def add_lora(self: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = original(self, *args, **kwargs)
+        tell_adapters(self)
+        return answer
+
+    engine_core_class.add_lora = add_lora
 
 
 def _wrap_collective_rpc(engine_core_class: Any) -> None:

@@ -24,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
 from vllm.v1.kv_offload.base import LoadStoreSpec
 
 from kvray.core.ids import KEY_BYTES, BlockKey
+from kvray.engine.adapters import Loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +104,13 @@ class KVRayWorkerMetadata(OffloadingWorkerMetadata):
     """failed_jobs: jobs among completed_jobs whose copy failed on at least one of the ranks that
     this message speaks for. copies: how often a rank's copy took how long, by the name of the
     counter (core.durations.copy_counter). fault: why kvray is off in one of these ranks, if it is.
+    adapters: by rank, where they have changed.
     """
 
     failed_jobs: set[int] = field(default_factory=set)
     copies: dict[str, int] = field(default_factory=dict)
     fault: str | None = None
+    adapters: dict[int, Loaded] = field(default_factory=dict)
 
     @classmethod
     def wrap(
@@ -117,9 +120,16 @@ class KVRayWorkerMetadata(OffloadingWorkerMetadata):
         failed_jobs: set[int],
         copies: Mapping[str, int],
         fault: str | None = None,
+        adapters: Mapping[int, Loaded] | None = None,
     ) -> "KVRayWorkerMetadata":
         known = {f.name: getattr(meta, f.name) for f in fields(OffloadingWorkerMetadata)}
-        return cls(**known, failed_jobs=failed_jobs, copies=dict(copies), fault=fault)
+        return cls(
+            **known,
+            failed_jobs=failed_jobs,
+            copies=dict(copies),
+            fault=fault,
+            adapters=dict(adapters or {}),
+        )
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Join the reports of two ranks. vLLM's own version would drop what is kvray's."""
@@ -131,6 +141,7 @@ class KVRayWorkerMetadata(OffloadingWorkerMetadata):
             failed_jobs=self.failed_jobs | other.failed_jobs,
             copies=Counter(self.copies) + Counter(other.copies),
             fault=self.fault or other.fault,
+            adapters=self.adapters | other.adapters,
         )
 
 

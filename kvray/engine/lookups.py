@@ -134,13 +134,15 @@ class Lookups(OffloadingManager):
         self._requests[req_context.req_id] = RequestView(state)
         return RequestOffloadingContext()
 
-    def describe(self, req_id: str, *, salt: bytes, shareable: bool) -> None:
-        """salt joins the adapter's content to each key. Not shareable: its hashes do not cover
-        all that made its KV, so it goes without kvray.
+    def describe(
+        self, req_id: str, *, salt: bytes, shareable: bool, adapter: str | None = None
+    ) -> None:
+        """salt joins the adapter's content to each key, adapter is its name. Not shareable: its
+        hashes do not cover all that made its KV, so it goes without kvray.
         """
         view = self._requests.get(req_id)
         if view is not None:
-            view.salt = salt
+            view.salt, view.adapter = salt, adapter
             if not shareable:
                 self._move(req_id, view, RequestEvent.BAR)
                 view.prompt.why = MissReason.BYPASSED
@@ -455,6 +457,14 @@ class Lookups(OffloadingManager):
         self.tainted = tainted
         self._bar_all()
         logger.info("kvray: weights change, namespace is %s from now on", self.namespace.hex())
+
+    def bar_adapter(self, name: str) -> None:
+        """An adapter is not loaded any more, or is another one: what its requests have is not what
+        their keys say.
+        """
+        for req_id, view in self._requests.items():
+            if view.adapter == name:
+                self._move(req_id, view, RequestEvent.BAR)
 
     @guarded(nothing, also_off=True)
     def shutdown(self) -> None:

@@ -14,7 +14,6 @@ import json
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from kvray.core.keys import namespace_digest
@@ -139,40 +138,3 @@ def as_text(fields: Mapping[str, Any]) -> dict[str, str]:
 
 def digest(fields: Mapping[str, Any]) -> bytes:
     return bytes(namespace_digest(fields))
-
-
-class AdapterDigests:
-    """Digests of LoRA adapters' files, by path; read once for each change of a file.
-
-    vLLM's hash knows an adapter by its name (and path, in 0.32): another adapter under the same
-    name on another engine would hit without this.
-    """
-
-    MAX_ADAPTERS = 1_024  # more than any engine serves; the oldest is read again
-
-    def __init__(self) -> None:
-        self._known: dict[str, tuple[tuple[tuple[str, int, int], ...], bytes]] = {}
-
-    def salt(self, name: str, path: str) -> bytes | None:
-        """16 bytes for requests with this adapter; None if its files can not be read here, and
-        then the request goes without kvray.
-        """
-        folder = Path(path)
-        try:
-            files = sorted(p for p in folder.iterdir() if p.is_file())
-            stamp = tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files)
-            known = self._known.get(path)
-            if known is not None and known[0] == stamp:
-                return known[1]
-            settings = folder / "adapter_config.json"
-            digest = hashlib.blake2b(digest_size=16)
-            digest.update(name.encode() + b"\0")
-            digest.update(settings.read_bytes() if settings.is_file() else b"")
-            for file in files:
-                digest.update(file.name.encode() + b"\0" + file.read_bytes())
-        except OSError:
-            return None
-        if len(self._known) >= self.MAX_ADAPTERS:
-            self._known.pop(next(iter(self._known)))
-        self._known[path] = (stamp, digest.digest())
-        return self._known[path][1]

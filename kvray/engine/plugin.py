@@ -20,7 +20,7 @@ def register() -> None:
     try:
         from vllm.v1.engine.core import EngineCore
 
-        from kvray.engine import attach, hooks, versions, weights
+        from kvray.engine import adapter_watch, attach, hooks, versions, weights
 
         if versions.installed_version() not in versions.TESTED:
             logger.info(
@@ -30,6 +30,7 @@ def register() -> None:
             )
             return
         weights.install()
+        adapter_watch.install()
         hooks.install()
         for name, door in attach.DOORS.items():
             setattr(EngineCore, name, door)

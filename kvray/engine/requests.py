@@ -138,10 +138,13 @@ MOVES: Mapping[RequestState, Mapping[RequestEvent, RequestState]] = _moves()
 
 @dataclass(slots=True)
 class RequestView:
-    """What kvray knows of one request. salt: 16 bytes of a LoRA adapter's content, or nothing."""
+    """What kvray knows of one request. salt: 16 bytes of a LoRA adapter's content, or nothing.
+    adapter: its name.
+    """
 
     state: RequestState = RequestState.OPEN
     salt: bytes = b""
+    adapter: str | None = None
     ticket: Ticket | None = None
     index: dict[OffloadKey, int] = field(default_factory=dict)
     asked_s: float = 0.0  # when the ticket began

@@ -221,12 +221,12 @@ def hash_seed() -> str:
     return os.environ.get("PYTHONHASHSEED") or str(get_none_hash_seed())
 
 
-def lora_identity(request: Any) -> tuple[str, str] | None:
-    """(name, path) of a request's LoRA adapter. vLLM's block hash knows the name (0.29) or name
+def lora_identity(request: Any) -> tuple[str, int] | None:
+    """Name and number of a request's LoRA adapter. vLLM's block hash knows the name (0.29) or name
     and path (0.32), never the content.
     """
     lora = request.lora_request
-    return None if lora is None else (lora.lora_name, lora.lora_path)
+    return None if lora is None else (lora.lora_name, lora.lora_int_id)
 
 
 def hit_source(*, from_peer: bool) -> Any:

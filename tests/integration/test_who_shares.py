@@ -46,28 +46,49 @@ def test_two_models_use_one_slab_and_share_nothing(
         assert engine.generate(prompt).cached_tokens == full_chunks(TOKENS)
 
 
-def test_an_adapter_of_the_same_name_and_other_content_does_not_hit(
+def test_adapters_are_named_by_what_was_loaded_and_not_by_what_lies_there_now(
     nodes: Nodes, engine_factory: EngineFactory, tmp_path: Path
 ) -> None:
-    lora = {"enable_lora": True, "max_lora_rank": 8}
-    a = engine_factory(tiny(), kv_transfer_config=nodes.transfer(0), **lora)
-    b = engine_factory(tiny(), kv_transfer_config=nodes.transfer(0), **lora)
-    prompt = prompt_of(TOKENS, seed=2)
+    """The first request with an adapter loads it, so it goes without kvray. vLLM tells adapters
+    apart by name and path only, and each of these has the same.
+    """
+    options = {"kv_transfer_config": nodes.transfer(0), "enable_lora": True, "max_lora_rank": 8}
+    a, b = (engine_factory(tiny(), **options) for _ in range(2))
+    prompt, other_prompt = (prompt_of(TOKENS, seed=seed) for seed in (2, 8))
     folder = tmp_path / "adapter"
+    lora = ("style", 1, folder)
     adapter(folder, tiny(), seed=1)
-    first = a.generate(prompt, lora=("style", 1, folder))
-    a.call(in_engine.settle)
-    assert first.cached_tokens == 0
-    same = b.generate(prompt, lora=("style", 1, folder))
-    assert same.cached_tokens == full_chunks(TOKENS)
-
-    # Another adapter under the same name and in the same place, as on another host.
-    adapter(folder, tiny(), seed=2)
+    for engine in (a, b):
+        first = engine.generate(prompt, max_tokens=8, lora=lora)
+        assert first.cached_tokens == 0
+        assert engine.call(in_engine.settle)["counters"]["stored_chunks"] == 0
+    a.generate(prompt, lora=lora)  # the device has it, and now it has a name
+    assert a.call(in_engine.settle)["counters"]["stored_chunks"] == TOKENS // 128
     assert b.reset_prefix_cache()
-    other = b.generate(prompt, lora=("style", 2, folder))
+    same = b.generate(prompt, max_tokens=8, lora=lora)
+    assert (same.cached_tokens, same.tokens) == (full_chunks(TOKENS), first.tokens)
+    assert b.generate(other_prompt).cached_tokens == 0  # and without an adapter: nothing
 
-    assert other.cached_tokens == 0
-    assert b.generate(prompt).cached_tokens == 0  # and without an adapter: neither
+    # Another version is written to the same place. Both engines still have the first one.
+    adapter(folder, tiny(), seed=2)
+    a.generate(other_prompt, lora=lora)
+    a.call(in_engine.settle)
+    c = engine_factory(tiny(), **options)
+    second = c.generate(prompt, max_tokens=8, lora=lora)
+    assert second.tokens != first.tokens
+    assert c.reset_prefix_cache()
+    for text in (prompt, other_prompt):
+        assert c.generate(text, lora=lora).cached_tokens == 0
+    c.call(in_engine.settle)
+
+    # Loaded in place: the device still has blocks of the first one, under the same hash.
+    before = a.call(in_engine.stats)["counters"]["stored_chunks"]
+    a.call(in_engine.load_adapter_again, *map(str, lora))
+    a.generate(prompt, lora=lora)
+    assert a.call(in_engine.settle)["counters"]["stored_chunks"] == before
+    assert a.reset_prefix_cache()
+    again = a.generate(prompt, max_tokens=8, lora=lora)
+    assert (again.cached_tokens, again.tokens) == (full_chunks(TOKENS), second.tokens)
 
 
 def test_another_hash_seed_or_tag_is_another_namespace(
