@@ -29,6 +29,10 @@ class PageTables:
         # A daemon: a process may end in the middle of it.
         threading.Thread(target=self._fill, args=(slab,), name="kvray-pages", daemon=True).start()
 
+    def stop(self) -> None:
+        """With the next step; the mapping is held until then."""
+        self._slab = None
+
     def _fill(self, slab: MappedSlab) -> None:
         for offset in range(0, slab.slab_bytes, POPULATE_STEP_BYTES):
             if self._slab is not slab:

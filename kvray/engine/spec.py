@@ -19,11 +19,10 @@ from kvray.engine import metrics
 from kvray.engine.canary_rank import RankCanary
 from kvray.engine.discovery import socket_finder
 from kvray.engine.lookups import Lookups
-from kvray.engine.page_tables import PageTables
 from kvray.engine.pieces import group_pages
 from kvray.engine.transfers import Transfers
 from kvray.engine.workplace import open_copies
-from kvray.node.client import Session, WorkerClient
+from kvray.node.client import WorkerClient
 
 FIRST_SESSION_S = 2.0  # a hello takes ms
 
@@ -58,18 +57,11 @@ class KVRaySpec(OffloadingSpec):
         config = EngineConfig.parse(self.extra_config.get("kvray", {}))
         rank = self.config.parallel.rank
         copies = open_copies(kv_caches.tensors[0].tensor.device)
-        page_tables = PageTables()
-
-        def prepare(session: Session) -> None:
-            if session.slab is not None:
-                page_tables.fill(session.slab)
-            copies.meet(session)
-
         client = WorkerClient(
             find_socket=socket_finder(config),
             engine_nonce=engine_nonce(self.config.engine_id),
             label=f"{self.config.model.name} rank {rank} pid {os.getpid()}",
-            on_session=prepare,
+            on_session=copies.meet,
         )
         client.start()
         # So that the first job finds its slab mapped. A NodeStore that comes later is met later.

@@ -5,12 +5,13 @@ runs just now.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvray.engine.copier import CpuExecutor, Executor
 from kvray.engine.cuda import CudaDevice
 from kvray.engine.cuda_driver import LIBRARY, CudaError, the_driver
+from kvray.engine.page_tables import PageTables
 from kvray.engine.streams import StreamExecutor
 from kvray.errors import NotAttachedError
 from kvray.node.client import Session
@@ -24,16 +25,21 @@ class Copies:
 
     executor: Executor
     device: CudaDevice | None = None
+    page_tables: PageTables = field(default_factory=PageTables)
 
     def meet(self, session: Session) -> None:
-        """A slab that jobs will be about. Its locking goes on when this has returned."""
-        if self.device is not None and session.slab is not None:
+        """A slab that jobs will be about. What is done for it goes on when this has returned."""
+        if session.slab is None:
+            return
+        self.page_tables.fill(session.slab)
+        if self.device is not None:
             self.device.pins.begin(session.slab)
 
     def close(self) -> bool:
         """Returns when all copies have ended and nothing is locked any more. False: not all have,
         or nobody can tell.
         """
+        self.page_tables.stop()
         has_ended = self.executor.close()
         if self.device is None:
             return has_ended

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kvray.engine.page_tables import PageTables
-from kvray.node.client import Session, WorkerClient
+from kvray.engine.copier import CpuExecutor
+from kvray.engine.workplace import Copies
+from kvray.node.client import WorkerClient
 from kvray.node.mapped import populate_pages
 from tests.scripted_node import GEOMETRY, PATIENCE_S, ScriptedNode
 from tests.unit.test_node_client import until
@@ -34,12 +35,16 @@ class Kernel:
         return True
 
 
+def filling() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "kvray-pages"]
+
+
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     kernel = Kernel(monkeypatch)
     yield kernel
     kernel.goes_on.set()
-    until(lambda: not [t for t in threading.enumerate() if t.name == "kvray-pages"])
+    until(lambda: not filling())
 
 
 @pytest.fixture
@@ -47,28 +52,29 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "s"
 
 
-def worker_of(path: Path) -> WorkerClient:
-    page_tables = PageTables()
+@pytest.fixture
+def copies() -> Iterator[Copies]:
+    copies = Copies(CpuExecutor(1))
+    yield copies
+    copies.close()
 
-    def prepare(session: Session) -> None:
-        assert session.slab is not None
-        page_tables.fill(session.slab)
 
+def worker_of(path: Path, copies: Copies) -> WorkerClient:
     return WorkerClient(
         find_socket=lambda: str(path),
         engine_nonce=1,
         label="rank 0",
-        on_session=prepare,
+        on_session=copies.meet,
         retry_first_s=0.01,
         retry_last_s=0.05,
     )
 
 
 def test_a_job_finds_its_slab_while_the_page_tables_are_being_filled(
-    path: Path, kernel: Kernel
+    path: Path, kernel: Kernel, copies: Copies
 ) -> None:
     with ScriptedNode(path) as node:
-        worker = worker_of(path)
+        worker = worker_of(path, copies)
         worker.start()
         session = worker.wait_session(PATIENCE_S)
         assert session is not None, "hundreds of GiB, and every load fails for so long"
@@ -82,8 +88,10 @@ def test_a_job_finds_its_slab_while_the_page_tables_are_being_filled(
         worker.close()
 
 
-def test_the_slab_of_another_node_store_is_not_waited_for(path: Path, kernel: Kernel) -> None:
-    worker = worker_of(path)
+def test_the_slab_of_another_node_store_is_not_waited_for(
+    path: Path, kernel: Kernel, copies: Copies
+) -> None:
+    worker = worker_of(path, copies)
     with ScriptedNode(path, slab_id=b"A" * 16):
         worker.start()
         assert worker.wait_session(PATIENCE_S) is not None
@@ -92,3 +100,16 @@ def test_the_slab_of_another_node_store_is_not_waited_for(path: Path, kernel: Ke
         kernel.goes_on.set()  # the step of A that is under way ends, and no other begins
         until(lambda: kernel.filled_bytes == GEOMETRY.slab_bytes + STEP_BYTES)
         worker.close()
+
+
+def test_a_worker_that_ends_fills_no_more(path: Path, kernel: Kernel, copies: Copies) -> None:
+    worker = worker_of(path, copies)
+    with ScriptedNode(path):
+        worker.start()
+        assert worker.wait_session(PATIENCE_S) is not None
+        copies.close()
+        kernel.goes_on.set()
+        until(lambda: kernel.filled_bytes > 0)
+        worker.close()
+    until(lambda: not filling())
+    assert kernel.filled_bytes == STEP_BYTES
