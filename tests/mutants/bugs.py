@@ -1,6 +1,6 @@
 """All bugs, gathered from the files that list them by what they break."""
 
-from tests.mutants import directory, eviction, reads, review, seam, slots
+from tests.mutants import directory, eviction, reads, review, seam, seam_trust, slots
 from tests.mutants.mutant import Mutant
 
 BUGS: tuple[Mutant, ...] = (
@@ -10,4 +10,5 @@ BUGS: tuple[Mutant, ...] = (
     *eviction.BUGS,
     *review.BUGS,
     *seam.BUGS,
+    *seam_trust.SEAM_TRUST,
 )

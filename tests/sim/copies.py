@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from kvray.core.ids import BlockKey, ClientId, Role, SlabId, SlotState
 from tests.shells import Slot
+from tests.sim.makers import content_of
 from tests.sim.session import Client
-from tests.sim.slabs import PIECES, WatchedSlab, Writing, stamp_of
+from tests.sim.slabs import PIECES, WatchedSlab, Writing
 
 if TYPE_CHECKING:
     from tests.sim.machine import Machine
@@ -148,7 +149,9 @@ class _Store:
             n, piece = self._steps.pop()
             block = self._blocks[n]
             piece_bytes = block.bytes // PIECES
-            self._writings[n].put(piece, stamp_of(block.key, piece_bytes))
+            self._writings[n].put(
+                piece, content_of(block.key, piece_bytes, self._worker.client.maker)
+            )
         if self._steps and len(self._steps) > self._fails_at:
             worker.world.schedule.after(worker.delay_us(is_slow=self._is_slow), self._step)
             return
@@ -204,7 +207,8 @@ class _Load:
         for block, got in zip(self._blocks, self._got, strict=True):
             if not self._keeps(block):
                 return False
-            assert got == stamp_of(block.key, block.bytes), "a load succeeds with other bytes"
+            own = content_of(block.key, block.bytes, self._worker.client.maker)
+            assert got == own, "a load succeeds with other bytes"
         return True
 
     def _keeps(self, block: Block) -> bool:

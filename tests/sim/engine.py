@@ -16,6 +16,7 @@ from kvray.core.messages import (
     ReserveReply,
 )
 from tests.sim.copies import Worker
+from tests.sim.makers import CANARY_PERIOD_US, canary_of
 from tests.sim.requests import Request, chain
 from tests.sim.session import Client
 
@@ -51,6 +52,8 @@ class Engine:
         self._lookups: dict[OpId, Request] = {}
         self._reserves: dict[OpId, Request] = {}
         self._next()
+        if world.has_makers:
+            self._store_canary()
 
     @property
     def name(self) -> str:
@@ -69,6 +72,14 @@ class Engine:
             self.begin(chain(number, random.randrange(1, 7)))
         period_us = world.profile.request_period_us
         world.schedule.after(random.randrange(period_us // 10, 2 * period_us), self._next)
+
+    def _store_canary(self) -> None:
+        """As if it were a prompt: an engine would keep it pinned, and this one may lose it."""
+        if self.is_dead or self.is_stopping:
+            return
+        if self.client.is_connected:
+            self.begin(canary_of(self.client.maker), deadline_ms=300, fetch=False)
+        self.world.schedule.after(CANARY_PERIOD_US, self._store_canary)
 
     def ask_again(self, prompts: list[list[BlockKey]]) -> None:
         """What others were asked before it."""

@@ -9,8 +9,10 @@ faults stop ─▶ engines come to rest ─▶ orphans end ─▶ heartbeats pas
 from typing import TYPE_CHECKING
 
 from kvray.core.ids import BlockKey, Generation, NodeId, SlotIndex, SlotState
+from kvray.core.trust import TrustState
 from tests.sim.engine import Engine, end_worker
 from tests.sim.machine import Machine
+from tests.sim.makers import SETTLED_US, are_alike, canary_of
 from tests.sim.process import NodeProcess
 from tests.sim.profile import CLOGGED_MS, FETCH_LIMITS, SESSION_GRACE_MS
 from tests.sim.requests import bytes_of
@@ -36,6 +38,8 @@ def heal(world: "World") -> None:
     world.check()
     assert_nothing_leaked(world)
     assert_directory_is_right(world)
+    if world.has_makers:
+        _assert_makers_are_known(world)
     for engine in world.engines:
         _assert_loads_from_peers(world, engine)
     world.run(2_000_000)
@@ -133,6 +137,23 @@ def _names(entries: set[_Entry]) -> list[str]:
     return sorted(f"{node_id} {block[-3:].hex()} {slot}.{g}" for node_id, block, slot, g in entries)
 
 
+def _assert_makers_are_known(world: "World") -> None:
+    """Those that compute alike trust each other, soon; the others do not."""
+    for engine in world.engines:
+        engine.begin(canary_of(engine.client.maker), deadline_ms=_LOAD_MS, fetch=True)
+    world.run(SETTLED_US)
+    there = {engine.client.maker for engine in world.engines}
+    for engine in world.engines:
+        process, mine = engine.machine.process, engine.client.maker
+        assert process is not None
+        pairs = process.core.snapshot()["trust"]["pairs"]
+        states = {(row["mine"], row["other"]): row["state"] for row in pairs}
+        for other in there - {mine}:
+            state = states.get((f"{mine:016x}", f"{other:016x}"))
+            known = TrustState.EQUAL if are_alike(mine, other) else TrustState.DIFFERENT
+            assert state == known.value, f"{engine.name} thinks {state} of maker {other:016x}"
+
+
 def _assert_loads_from_peers(world: "World", engine: Engine) -> None:
     """An engine gets a block that only another node has, from each that can be asked."""
     machine = engine.machine
@@ -143,7 +164,12 @@ def _assert_loads_from_peers(world: "World", engine: Engine) -> None:
         if peer is machine or _owes(process, peer):
             continue
         here = {place.key for place in process.store.entries()}
-        there = sorted(place.key for place in peer_process.store.entries())
+        mine = engine.client.maker
+        there = sorted(
+            place.key
+            for place in peer_process.store.entries()
+            if process.seen.may_load(mine, place.maker)
+        )
         wanted = [block for block in there if block not in here]
         if not wanted or not _has_slots(process, wanted[0]):
             continue

@@ -7,10 +7,11 @@ middle of one. While it is frozen, what comes waits; its slab may still be read 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kvray.core.codec import decode, encode
+from kvray.core.codec import decode, encode, unpack_slots
 from kvray.core.commands import (
     AbandonRead,
     CallDirectory,
+    CompareBlocks,
     Drop,
     NodeCommand,
     PostRead,
@@ -22,7 +23,7 @@ from kvray.core.commands import (
     WriteClient,
 )
 from kvray.core.effects import MarkGeneration, WriteExtent, WriteHeader
-from kvray.core.ids import BlockKey, ClientId, Epoch, ReadId
+from kvray.core.ids import BlockKey, ClientId, Epoch, Maker, ReadId
 from kvray.core.messages import (
     MAX_MESSAGE_BYTES,
     Abandon,
@@ -39,6 +40,7 @@ from kvray.core.messages import (
 from kvray.core.reasons import MissReason
 from tests.shells import Shell
 from tests.sim.link import Transfer
+from tests.sim.makers import Seen
 from tests.sim.profile import ANNOUNCING_LIMITS, FETCH_LIMITS
 from tests.sim.promises import Promises
 
@@ -71,6 +73,8 @@ class NodeProcess(Shell):
         self._timer_us: int | None = None
         slab = machine.slab
         self.watched_slab = slab
+        self.seen = Seen()
+        self.makers: dict[ClientId, Maker] = {}  # of who has said hello
         self.promises = Promises(slab)
         super().__init__(
             machine.name,
@@ -79,6 +83,7 @@ class NodeProcess(Shell):
             wall_clock_offset_ms=machine.clock.wall_ms,
             limits=FETCH_LIMITS,
             announcing_limits=ANNOUNCING_LIMITS,
+            requires_proof=True,
         )
 
     def begin(self) -> None:
@@ -90,6 +95,8 @@ class NodeProcess(Shell):
         self.ended = True
         seen = self.core.snapshot()
         self.world.story.fetched_blocks += seen["fetch"]["fetched_blocks"]
+        untrusted = seen["lookups"]["misses"].get(MissReason.UNTRUSTED.value, 0)
+        self.world.story.faults["untrusted"] += untrusted
         not_worth_it = seen["lookups"]["misses"].get(MissReason.BELOW_BREAK_EVEN.value, 0)
         self.world.story.faults["not_worth_a_fetch"] += not_worth_it
         self.watched_slab.pins.clear()
@@ -138,6 +145,7 @@ class NodeProcess(Shell):
         client_id = self.clients.get(session.session_id)
         if isinstance(message, Hello):
             self.promises.on_hello(message.client)
+            self.makers[message.client] = message.maker
             self.clients[session.session_id] = message.client
         elif client_id is not None:
             if isinstance(message, Lookup):
@@ -249,6 +257,8 @@ class NodeProcess(Shell):
                 self.linking.clear()
                 delay_us = world.random.choice((1_000, 30_000, 400_000))
                 schedule.after(delay_us, self._linked, epoch)
+            case CompareBlocks(comparison_id):
+                schedule.after(world.random.randrange(100, 50_000), self._compared, comparison_id)
             case TookOver(call_id, keys):
                 del self.taking_over[call_id]
                 assert all(self.store.find(key) for key in keys), "kept, but not here"
@@ -263,7 +273,12 @@ class NodeProcess(Shell):
             self.sent.clear()
             message = command.message
             if isinstance(message, (LookupReply, LookupUpdate)):
-                self.promises.on_reply(self.clients[command.session_id], message)
+                client_id = self.clients[command.session_id]
+                self.promises.on_reply(client_id, message)
+                for slot, _, _ in unpack_slots(message.slots):
+                    maker = int(self.watched_slab.headers[slot]["maker"])
+                    may = self.seen.may_load(self.makers[client_id], maker)
+                    assert may, "a block is told of a maker that was not seen to be equal"
             elif isinstance(message, Ack):
                 self.promises.on_ack(self.clients[command.session_id], message.op)
             if session is not None:
@@ -274,6 +289,21 @@ class NodeProcess(Shell):
         if session is not None:
             del self.sessions[command.session_id]
             session.node_is_gone()
+
+    def _compared(self, comparison_id: int) -> None:
+        """The thread has read both, and says so; while this process is frozen, later."""
+        if self.ended:
+            return
+        first = self.comparisons[comparison_id].pairs[0]
+        done = self.compare(comparison_id)
+        for verdict in set(done.verdicts):
+            self.world.count(f"canaries_{verdict.value}")
+        self.seen.note(first.mine.maker, first.other.maker, done.verdicts)
+        self.event(
+            lambda now_ms: self.core.on_compared(
+                done.comparison_id, done.verdicts, pieces=done.pieces, now_ms=now_ms
+            )
+        )
 
     def _restart(self) -> None:
         if not self.ended:

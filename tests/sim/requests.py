@@ -20,6 +20,7 @@ from kvray.core.messages import (
 )
 from tests.shells import BLOCK_BYTES, Slot, key
 from tests.sim.copies import Block, longest_load_us
+from tests.sim.makers import is_canary
 
 if TYPE_CHECKING:
     from tests.sim.engine import Engine
@@ -32,7 +33,7 @@ STEP_US = 100_000  # of a scheduler, and a slow one
 
 def bytes_of(block: BlockKey) -> int:
     """The size of a block."""
-    return BLOCK_BYTES * (1 + block[14] % 4 // 3)
+    return BLOCK_BYTES * (1 if is_canary(block) else 1 + block[14] % 4 // 3)
 
 
 def chain(number: int, length: int) -> list[BlockKey]:

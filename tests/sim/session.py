@@ -27,6 +27,7 @@ from kvray.core.messages import (
     Unpin,
 )
 from tests.shells import Slot
+from tests.sim.makers import CHUNKS, NAMESPACE, maker_of
 from tests.sim.slabs import WatchedSlab
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ class Client:
         self.world = world
         self.machine = machine
         self.client_id = client_id
+        self.maker = maker_of(engine_nonce, are_several=world.has_makers)
         self.slab: WatchedSlab | None = None  # mapped; the last one that was handed over
         self.is_dead = False
         self.has_left = False  # has said bye: the last thing that it says
@@ -214,10 +216,12 @@ class Client:
                 self.client_id,
                 self._role,
                 self._engine_nonce,
-                Namespace(b"n" * 16 if self._role is Role.ENGINE else b""),
+                NAMESPACE if self._role is Role.ENGINE else Namespace(b""),
                 "a model",
                 slab_id,
                 pack_slots((slot, generation, 0) for slot, generation, _ in rows),
+                maker=self.maker,
+                chunks=CHUNKS,
             )
         )
 

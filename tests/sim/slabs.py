@@ -4,7 +4,6 @@ Payload goes in and out in pieces, a quarter of a block each, so that a copy and
 overlap. What may never happen to a slot is asserted where it would happen.
 """
 
-from functools import lru_cache
 from random import Random
 
 import numpy as np
@@ -13,7 +12,8 @@ from kvray.core.commands import WriteClient
 from kvray.core.effects import Effect, WriteHeader
 from kvray.core.ids import BlockKey, Generation, SlotIndex, SlotState
 from kvray.core.layout import PAGE_BYTES
-from tests.shells import Slab, stamp
+from tests.shells import Slab
+from tests.sim.makers import content_of
 
 PIECES = 4  # of a block: enough for a torn one
 
@@ -25,8 +25,6 @@ _LEGAL = {
     (SlotState.QUARANTINE, SlotState.ABSENT),
     (SlotState.READY, SlotState.ABSENT),
 }
-
-stamp_of = lru_cache(maxsize=4_096)(stamp)
 
 
 class Writing:
@@ -136,7 +134,8 @@ class WatchedSlab(Slab):
                 assert block not in keys, "two READY slots of one key"
                 keys.add(block)
                 self._hold_to_extent(slot, row)
-                self._hold_to_stamp(block, int(row["offset"]), int(row["bytes"]))
+                sizes = int(row["offset"]), int(row["bytes"])
+                self._hold_to_stamp(block, *sizes, maker=int(row["maker"]))
 
     # -- private ---------------------------------------------------------------------------------
 
@@ -159,7 +158,7 @@ class WatchedSlab(Slab):
         if state is SlotState.READY:
             assert slot not in self.pins, "a pinned block is evicted"
         elif effect.state is SlotState.READY:
-            self._hold_to_stamp(effect.key, effect.offset, effect.bytes)
+            self._hold_to_stamp(effect.key, effect.offset, effect.bytes, maker=effect.maker)
             self._assert_nobody_writes(effect)
         elif effect.state is SlotState.ABSENT:
             self._assert_nobody_writes(effect)
@@ -183,6 +182,6 @@ class WatchedSlab(Slab):
         assert row["extent_generation"] == extent["extent_generation"], "of another cut"
         assert int(row["bytes"]) <= int(extent["slot_bytes"]), "larger than its slot"
 
-    def _hold_to_stamp(self, block: bytes, offset: int, size: int) -> None:
+    def _hold_to_stamp(self, block: bytes, offset: int, size: int, *, maker: int) -> None:
         held = self.memory[offset : offset + size]
-        assert held == stamp_of(BlockKey(block), size), "READY, but with other bytes"
+        assert held == content_of(BlockKey(block), size, maker), "READY, but with other bytes"

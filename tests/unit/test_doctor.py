@@ -71,7 +71,7 @@ def test_the_field_in_which_two_engines_of_a_model_differ_is_named(field: str, v
 def test_makers_that_compute_different_blocks_are_named_once_with_their_engines() -> None:
     here, there = node("a", engine(pid=1)), node("b", engine(pid=2) | {"maker": "0000000200000001"})
     makers = "0000000100000001", "0000000200000001"
-    for one, mine, other in ((here, *makers), (there, *reversed(makers))):
+    for one, (mine, other) in ((here, makers), (there, makers[::-1])):
         pair = {"namespace": "00ff" * 8, "mine": mine, "other": other, "state": "different"}
         one.details["trust"] = {"requires_proof": True, "pairs": [pair | {"without_verdict": 0}]}
     (finding,) = bad(cluster(here, there))
