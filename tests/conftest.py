@@ -12,6 +12,8 @@ from tests.engines import Engine, Mode, start_engine
 
 EngineFactory: TypeAlias = Callable[..., Engine]
 
+pytest.register_assert_rewrite("tests.oracle")  # its asserts are a test's, and tell the values
+
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tests ask nobody outside
 
 

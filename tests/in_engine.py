@@ -102,6 +102,12 @@ def fields(llm: Any) -> dict[str, Any]:
     return dict(connector_of(llm).lookups.fields)
 
 
+def chunk_tokens(llm: Any) -> int:
+    """Of the first cache group: how many tokens kvray stores and finds at once."""
+    config = connector_of(llm).connector_scheduler.config
+    return int(config.kv_group_configs[0].tokens_per_chunk)
+
+
 _attachments: dict[int, Any] = {}
 
 

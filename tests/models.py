@@ -17,6 +17,7 @@ CACHE_VARIABLE = "KVRAY_MODEL_CACHE"
 DEFAULT_CACHE = Path(__file__).resolve().parent.parent / ".cache" / "models"
 
 VOCABULARY = 32_000
+WINDOW_TOKENS = 256  # of tiny_window
 
 
 def tiny(seed: int = 0) -> Path:
@@ -70,6 +71,28 @@ def tiny_gemma2(seed: int = 0) -> Path:
             "head_dim": 64,
             "query_pre_attn_scalar": 64,
             "sliding_window": 512,
+            "max_position_embeddings": 8_192,
+        },
+        seed,
+    )
+
+
+def tiny_window(seed: int = 0) -> Path:
+    """A Mistral of four layers, each with a sliding window of 256 tokens, and no other: 2 KiB of KV
+    per token.
+    """
+    return _built(
+        "tiny-window",
+        "Mistral",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "sliding_window": WINDOW_TOKENS,
             "max_position_embeddings": 8_192,
         },
         seed,
