@@ -20,6 +20,8 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+ENABLE_VARIABLE = "KVRAY_TEST_ENABLE"  # kvray.enable's settings, as JSON
+
 
 class Llm:
     """vllm.LLM, which blocks: the engine runs in this process or in children."""
@@ -169,6 +171,14 @@ def _read_requests(channel: socket.socket, requests: "queue.SimpleQueue[dict[str
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
+def _enable(settings: str | None) -> None:
+    """kvray.enable as a user calls it, before the engine is made."""
+    if settings is not None:
+        import kvray
+
+        kvray.enable(**json.loads(settings))
+
+
 def main() -> None:
     started = time.monotonic()
     channel = socket.socket(fileno=int(sys.argv[1]))
@@ -181,6 +191,7 @@ def main() -> None:
         channel.sendall(json.dumps({"id": call_id, **fields}).encode() + b"\n")
 
     try:
+        _enable(os.environ.get(ENABLE_VARIABLE))
         kind = AsyncLlm if sys.argv[2] == "async" else Llm
         llm = kind(json.loads(sys.argv[3]))
     except BaseException:

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.mutants.plant import command
+
 LIMIT_S = 280.0  # of all cases; vLLM's import takes 10 s, a model of 100 MB one
 
 
@@ -44,7 +46,7 @@ class Seen:
 
 def load_all(cases: Sequence[Case]) -> list[Seen]:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.loading"],
+        command("tests.loading"),
         input=json.dumps([asdict(case) for case in cases]),
         capture_output=True,
         text=True,
@@ -63,19 +65,19 @@ def tensor_names(model: Path) -> list[str]:
 
 @contextmanager
 def flipped(model: Path, name: str) -> Iterator[None]:
+    flip(model, name)
+    try:
+        yield
+    finally:
+        flip(model, name)
+
+
+def flip(model: Path, name: str) -> None:
     """The lowest bit of the element in the middle of a tensor."""
     path = model / "model.safetensors"
     header, start = _header(path)
     begin, end = header[name]["data_offsets"]
     place = start + begin + (end - begin) // 4 * 2
-    _flip(path, place)
-    try:
-        yield
-    finally:
-        _flip(path, place)
-
-
-def _flip(path: Path, place: int) -> None:
     with path.open("r+b") as file:
         file.seek(place)
         byte = file.read(1)

@@ -24,6 +24,7 @@ class _Planter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Loads one module with the bug in it."""
 
     def __init__(self, mutant: Mutant) -> None:
+        self.mutant_name = mutant.name  # for processes that a test starts: see command
         self._name = mutant.module
         self._edits = mutant.edits
 
@@ -50,6 +51,14 @@ class _Planter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         except Exception:  # noqa: BLE001 (a bug that can not even be loaded is none)
             traceback.print_exc()
             sys.exit(ANCHOR_LOST)
+
+
+def command(module: str) -> list[str]:
+    """That runs a module in another process, with the bug that is planted in this one, if any."""
+    for finder in sys.meta_path:
+        if (name := getattr(finder, "mutant_name", None)) is not None:
+            return [sys.executable, "-m", "tests.mutants.plant", name, module]
+    return [sys.executable, "-m", module]
 
 
 def main() -> None:

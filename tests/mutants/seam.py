@@ -1,5 +1,6 @@
 """The seam to vLLM: names, holds, tickets, copies. Their names begin with "seam"."""
 
 from tests.mutants.mutant import Mutant
+from tests.mutants.seam_names import SEAM_NAMES
 
-BUGS: tuple[Mutant, ...] = ()
+BUGS: tuple[Mutant, ...] = (*SEAM_NAMES,)
