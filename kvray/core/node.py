@@ -152,7 +152,7 @@ class NodeCore:
         start time with those of the process behind the socket.
         """
         if isinstance(message, Hello):
-            self._on_hello(session_id, message)
+            self._on_hello(session_id, message, now_ms)
             return self._finish(now_ms)
         client = self._clients.of_session(session_id)
         if client is None:
@@ -177,7 +177,7 @@ class NodeCore:
                 self._leave(client, "is gone", now_ms)
         return self._finish(now_ms)
 
-    def _on_hello(self, session_id: int, hello: Hello) -> None:
+    def _on_hello(self, session_id: int, hello: Hello, now_ms: int) -> None:
         admission = self._clients.admit(session_id, hello)
         if isinstance(admission, str):
             self._out.append(Drop(session_id, admission))
@@ -189,7 +189,7 @@ class NodeCore:
             self._lookups.end_session(client.client_id)
         if admission.write is not None:
             self._storing.write_client(admission.write)
-        self._storing.restore(client, hello)
+        self._lookups.on_given_up(self._storing.restore(client, hello), now_ms)
         info = self.info
         reply = HelloReply(
             hello.op, info.node_id, info.epoch, info.slab_id, info.slab_bytes, info.extent_bytes

@@ -134,23 +134,32 @@ class Storing:
         self.counters["abandoned"] += len(keys)
         return keys
 
-    def restore(self, client: Client, hello: Hello) -> None:
-        """A hello lists what its engine may still write into. What is quarantined because of this
-        engine and is not listed is free: nobody writes there. A hello that speaks of another slab
-        lists nothing of this one and frees nothing.
+    def restore(self, client: Client, hello: Hello) -> list[BlockKey]:
+        """A hello lists what its engine may still write into. What it holds or is quarantined
+        because of it and is not listed is free: nobody writes there, and what the engine wanted to
+        say of it may have been lost. A hello that speaks of another slab lists nothing of this one
+        and frees nothing. The keys that nobody writes any more.
 
         A listed slot whose key has come back in another one stays in quarantine, until the engine
         says that its copy has ended.
         """
         if not client.is_engine or hello.slab_id != self._slab_id:
-            return
+            return []
         listed = {(slot, generation) for slot, generation, _ in unpack_slots(hello.writing)}
+        keys: list[BlockKey] = []
+        for held_by, places in self._store.reservations_of(client.client_id).items():
+            for place in places:
+                if (place.slot, place.generation) not in listed:
+                    self._store.abandon(held_by, place.slot, place.generation)
+                    del client.writing[place.slot]
+                    keys.append(place.key)
         holder = (client.client_id, RESTORED_OP)
         for slot, generation in self._store.quarantined_by(client.row):
             if (slot, generation) not in listed:
                 self._store.release(slot, generation)
             elif self._store.restore_writing(holder, slot, generation, writer=client.row):
                 client.writing[slot] = RESTORED_OP
+        return keys
 
     # -- those who vanish ------------------------------------------------------------------------
 

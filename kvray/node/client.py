@@ -384,7 +384,7 @@ class NodeClient:
     def unpin(self, ticket: Ticket) -> None:
         """Give a ticket back: its pins end, its WAITs are misses. Idempotent."""
         if ticket.release():
-            for op in tuple(ticket.ops):
+            for op in tuple(ticket.ops):  # what is heard of it meanwhile changes nothing any more
                 self._questions.forget(op)
                 self._teller.unpin(op)
 

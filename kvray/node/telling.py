@@ -68,9 +68,13 @@ class Teller:
         """Cancel these reserves as a whole. It is sent behind them on the same socket, so it does
         not matter whether they have been answered, or ever are.
         """
+        places = list(places)
         self._forget(slab_id, places)
         for reserve_op in reserve_ops:
             self._put(Abandon(self._next_op(), slab_id, b"", reserve_op=reserve_op))
+        # A hello that came in between has listed these: then they are no part of it any more.
+        for rows in _pages(places):
+            self._put(Abandon(self._next_op(), slab_id, rows))
 
     def unpin(self, lookup_op: OpId) -> None:
         self._put(Unpin(self._next_op(), lookup_op=lookup_op))
@@ -173,6 +177,10 @@ class Teller:
             self._counters["outbox_dropped"] += 1
             if isinstance(dropped, Commit):
                 self._forget(dropped.slab_id, unpack_slots(dropped.slots))
+            connection = self._connection
+            if isinstance(dropped, Abandon | Commit) and connection is not None:
+                # Else whoever wants one of these keys would wait for us in vain, each time.
+                connection.end("more is to be said than is heard: the next hello says what is ours")
 
     def _forget(self, slab_id: SlabId, places: Iterable[tuple[int, int, int]]) -> None:
         for slot, generation, _ in places:

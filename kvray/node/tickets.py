@@ -50,12 +50,12 @@ class Ticket:
         "_has_come",
         "_packed",
         "_places",
-        "_released",
         "answered",
         "causes",
         "keys",
         "lost",
         "ops",
+        "released",
         "slab_id",
         "states",
     )
@@ -72,7 +72,7 @@ class Ticket:
         self._places: dict[int, Place] = {}
         self._from_peer: set[int] = set()
         self._has_come = False
-        self._released = False
+        self.released = False  # given back
 
     @property
     def settled(self) -> bool:
@@ -136,8 +136,10 @@ class Ticket:
         self.miss()
 
     def release(self) -> bool:
-        """Whether this was the first call, so that the ops are to be unpinned."""
-        first, self._released = not self._released, True
+        """Whether this was the first call, so that the ops are to be unpinned. Whoever sees a WAIT
+        become a MISS by this sees `released`, too.
+        """
+        first, self.released = not self.released, True
         self.miss()
         return first
 
@@ -254,6 +256,8 @@ class LookupPage(msgspec.Struct, eq=False):
         start, stop = self.cut.start, self.cut.stop
         for i in indices:
             if not (i < stop - start and self.ticket.states[start + i] in _WAITING):
+                if self.ticket.released:
+                    return  # given back while this was on its way: nothing is waited for any more
                 raise RemoteProtocolError(f"an update settles key {i}, which is not waited for")
         placed = np.array([i for i, s in zip(indices, states, strict=True) if s != _MISS], np.intp)
         places = iter(_unpack(slots, self.cut.sizes_of(placed), self.geometry))

@@ -647,6 +647,9 @@ def test_the_pages_of_a_reservation_that_fails_half_way_are_all_undone(
     assert engine.reserve(*range(MAX_KEYS_PER_MESSAGE + 1)) is None
     asked = [reserve.op for reserve in node.all(Reserve)]
     assert [node.wait(Abandon).reserve_op for _ in asked] == asked
+    # If a hello has listed the first page meanwhile, it is not that reservation's any more.
+    rows = unpack_slots(node.wait(Abandon).slots)
+    assert rows == [place_of(i % 256, generation=10 + i) for i in range(MAX_KEYS_PER_MESSAGE)]
     assert engine.client.snapshot()["writing"] == 0
 
 
@@ -761,6 +764,24 @@ def test_the_outbox_is_bounded_and_drops_the_oldest(path: Path, make_engine: Eng
         assert [unpack_slots(commit.slots) for commit in node.all(Commit)] == [
             [place_of(slot)] for slot in (2, 3, 4)
         ]
+
+
+def test_an_engine_that_could_not_say_a_commit_says_hello_without_its_slot(
+    node: ScriptedNode, make_engine: EngineFactory
+) -> None:
+    """Goal: a slot of which nothing is ever said keeps its key from everybody else."""
+    engine = make_engine(outbox_limit=2).start()
+    node.script[Commit] = lambda commit: None
+    node.script[Reserve] = lambda reserve: ReserveReply(
+        reserve.op, bytes([Grant.GRANTED]), rows_of(place_of(len(node.all(Reserve))))
+    )
+    kept, said = engine.granted(1), engine.granted(2)
+    node.wait(Hello)
+    engine.client.commit(said.slab_id, list(said.places.values()))
+    for _ in range(2):
+        engine.client.report({"tokens": 1})
+    listed = [place[:2] for place in unpack_slots(node.wait(Hello).writing)]
+    assert listed == [place[:2] for place in kept.places.values()]
 
 
 def test_a_node_that_does_not_read_does_not_hold_up_the_engine(

@@ -525,6 +525,42 @@ def test_a_hello_that_speaks_of_another_slab_neither_restores_nor_frees() -> Non
     assert slab.states() == {}
 
 
+def test_what_a_hello_in_the_same_epoch_does_not_list_is_waited_for_no_more() -> None:
+    """Goal: a commit or abandon that never comes (a full outbox) holds up nobody who wants the key,
+    once its engine has said hello again.
+    """
+    node = alone()
+    engine, other = Engine(node), Engine(node)
+    engine.reserve(A, B)
+    ops = [other.lookup([key]) for key in (A, B)]
+    assert [other.answer(op) for op in ops] == ["w", "w"]
+
+    engine.lose_session()
+    engine.hello([engine.reserved[A]])
+
+    assert [other.answer(op) for op in ops] == ["w", "m"]
+    assert node.slab.states() == {SlotState.WRITING: 1}
+    engine.write(A)
+    engine.commit(A)
+    assert [other.answer(op) for op in ops] == ["h", "m"]
+
+
+def test_a_reservation_that_a_hello_has_restored_is_abandoned_by_its_slots() -> None:
+    """Goal: the NodeStore was killed while an engine waited for the second page of a reservation,
+    and heard a hello that lists the first page before the engine gave it up.
+    """
+    cluster = Cluster.of("node")
+    engine = Engine(cluster["node"])
+    engine.reserve(A)
+    node = cluster.start("node", cluster.kill("node"))
+    engine.hello([engine.reserved[A]], node=node)
+
+    engine.say(Abandon(OpId(50), node.slab.slab_id, b"", reserve_op=engine.last_reserve))
+    assert node.slab.states() == {SlotState.WRITING: 1}
+    engine.abandon(A)
+    assert node.slab.states() == {}
+
+
 def test_a_listed_slot_whose_key_has_come_back_elsewhere_waits_for_the_engines_word() -> None:
     cluster = Cluster.of("node")
     engine = Engine(cluster["node"])

@@ -110,3 +110,23 @@ def test_whoever_sees_a_miss_sees_its_cause() -> None:
     for page, seen in ((at_once, [MissReason.EVICTED]), (later, [None, MissReason.EVICTED])):
         assert isinstance(page.ticket, Looking)
         assert page.ticket.seen == seen
+
+
+# -- given back ------------------------------------------------------------------------------------
+
+
+def test_an_update_for_what_is_being_given_back_is_no_breach() -> None:
+    """The engine's thread has begun to give it back, and its op is not forgotten yet."""
+    page = page_of(PAGE)
+    page.answer(bytes([WAIT, WAIT]), b"")
+    page.ticket.release()
+    page.update([0], bytes([HIT]), rows(BEGIN))
+    page.update([1], bytes([MISS]), b"")
+    assert page.ticket.settled
+
+
+def test_an_update_for_what_nobody_has_given_back_is_one() -> None:
+    page = page_of(PAGE)
+    page.answer(bytes([MISS, WAIT]), b"")
+    with pytest.raises(RemoteProtocolError, match="not waited for"):
+        page.update([0], bytes([HIT]), rows(BEGIN))
