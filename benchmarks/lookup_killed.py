@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from kvray.core.ids import BlockKey, Namespace
+from kvray.core.ids import BlockKey, Maker, Namespace
 from kvray.node.client import ClientState, NodeClient
 
 SESSION_LIMIT_S = 10.0  # a hello takes a millisecond
@@ -26,6 +26,7 @@ def main(socket_path: str, nonce: int) -> None:
         engine_nonce=nonce,
         namespace=Namespace(bytes(16)),
         label="an engine that will be killed",
+        maker=Maker(1),
         budget_s=SESSION_LIMIT_S,
         on_session=lambda _: connected.set(),
     )

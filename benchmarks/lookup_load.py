@@ -38,7 +38,7 @@ from rich.progress import track
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.measure import percentile, spread
 from kvray.core.codec import decode, encode, pack_keys
-from kvray.core.ids import BlockKey, ClientId, Namespace, OpId, Role, SlabId
+from kvray.core.ids import BlockKey, ClientId, Maker, Namespace, OpId, Role, SlabId
 from kvray.core.messages import (
     MAX_MESSAGE_BYTES,
     Ack,
@@ -96,7 +96,7 @@ class Visitor(Caller):
         client = ClientId(pid, start_ticks, nonce)
         hello = Hello(
             OpId(next(self._ops)), client, Role.ENGINE, nonce, Namespace(bytes(16)), "load",
-            SlabId(b""),
+            SlabId(b""), maker=Maker(1),
         )  # fmt: skip
         self.sock.send(encode(hello))
         data, fds, _, _ = socket.recv_fds(self.sock, MAX_MESSAGE_BYTES, 1)

@@ -22,6 +22,7 @@ from kvray.core.ids import (
     BlockKey,
     ClientId,
     Epoch,
+    Maker,
     Namespace,
     NodeId,
     OpId,
@@ -132,7 +133,16 @@ class Node:
         self._do(self.core.start(self._cluster.now_ms))
         client = ClientId(1, 1, 1)
         self._say(
-            Hello(self._op(), client, Role.ENGINE, 1, Namespace(b"n" * 16), "replay", SlabId(b""))
+            Hello(
+                self._op(),
+                client,
+                Role.ENGINE,
+                1,
+                Namespace(b"n" * 16),
+                "replay",
+                SlabId(b""),
+                maker=Maker(1),
+            )
         )
 
     def tick(self) -> None:
@@ -217,7 +227,7 @@ class Node:
             if header is not None:
                 row["generation"], row["offset"] = header.generation, header.offset
                 row["bytes"], row["state"] = header.bytes, header.state
-                row["key"] = np.void(header.key)
+                row["key"], row["maker"] = np.void(header.key), header.maker
         return rows
 
 

@@ -8,13 +8,14 @@ import os
 
 import kvray
 from kvray.config import EngineConfig, find_sockets
-from kvray.core.ids import BlockKey, Namespace
+from kvray.core.ids import BlockKey, Maker, Namespace
 from kvray.core.keys import block_keys, namespace_digest
 from kvray.core.messages import Grant, KeyState
 from kvray.node.client import ClientState, NodeClient, Ticket
 from kvray.node.mapped import MappedSlab
 from tests.ray_nodes import wait_until
 
+MAKER = Maker(1 << 32 | 1)  # all of these clients write the same bytes under a key
 BLOCK_BYTES = 100_000  # no multiple of a page
 AMPLE_BUDGET_S = 5.0  # these clients have no scheduler step to keep
 
@@ -38,6 +39,7 @@ class Client:
             engine_nonce=int.from_bytes(os.urandom(7), "little"),
             namespace=Namespace(self.namespace),
             label=f"test client of {node_id[:8]}",
+            maker=MAKER,
             budget_s=AMPLE_BUDGET_S,
             map_slab=True,
             retry_first_s=0.05,

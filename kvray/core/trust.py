@@ -19,7 +19,7 @@ and nothing when only one is, which is no verdict. Bytes are compared elsewhere 
 the headers after them; no proof of a header is no verdict either.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any, Final
 
@@ -189,6 +189,8 @@ class TrustCore:
         """What FetchCore says of keys that were wanted here."""
         contact = self._by_op[told.waiter[1]]
         contact.waiting.difference_update(told.keys)
+        if isinstance(told, Arrived):
+            self._pin(contact, told.keys, now_ms)
         if not contact.waiting:
             self._compare(contact, now_ms)
 
@@ -286,13 +288,18 @@ class TrustCore:
         contact.is_wanted = False
         contact.op = self._last_op = OpId(self._last_op + 1)
         self._by_op[contact.op] = contact
-        missing = [
+        wanted = [
             (key, shape.slot_bytes)
             for group, shape in enumerate(own.chunks)
             for keys in self._keys_of(contact.pair, group)
             for key in keys
-            if self._store.find(key) is None
-            and not (self._store.is_writing(key) and key not in self._fetch)
+        ]
+        # What is here may be the first to go for what is fetched.
+        here = self._pin(contact, [key for key, _ in wanted], now_ms)
+        missing = [
+            want
+            for want, is_here in zip(wanted, here, strict=True)
+            if not is_here and not (self._store.is_writing(want[0]) and want[0] not in self._fetch)
         ]
         if not missing or not may_fetch:
             self._compare(contact, now_ms)
@@ -309,10 +316,7 @@ class TrustCore:
         if own is None or found is None:
             self._end_without_verdict(contact, now_ms)
             return
-        holder: Waiter = (TRUST, contact.op)
-        if not self._store.pin_blocks(
-            holder, [block for two in found for block in two[:2]], now_ms
-        ):
+        if not all(self._pin(contact, [b.place.key for two in found for b in two[:2]], now_ms)):
             self._end_without_verdict(contact, now_ms)
             return
         contact.move(TrustState.COMPARING)
@@ -320,6 +324,12 @@ class TrustCore:
         pairs = tuple(BlockPair(a.place, b.place, shape) for a, b, shape in found)
         tolerance = tolerance_of(mine, other, own.noise)
         self._commands.append(CompareBlocks(contact.op, pairs, tolerance))
+
+    def _pin(self, contact: _Contact, keys: Sequence[BlockKey], now_ms: int) -> list[bool]:
+        """Until its end. Of each whether it is READY here, and stays."""
+        holder: Waiter = (TRUST, contact.op)
+        places = self._store.pin(holder, keys, slot_bytes=None, now_ms=now_ms)
+        return [place is not None for place in places]
 
     def _pairs(self, pair: Pair, own: Own) -> list[tuple[Block, Block, ChunkShape]] | None:
         """The chunks that both makers' canaries have here. None: too few, or a group without any.

@@ -87,7 +87,7 @@ class NodeClient:
     others may be called from any.
 
     engine_nonce tells several engines in one process apart. namespace, label, model and fields (of
-    the namespace) are for people, until `introduce` says more.
+    the namespace) are for people; `introduce` says them and maker anew, and more.
     on_session is called on the connector's thread for each new session and must not wait for
     anything.
     """
@@ -101,6 +101,7 @@ class NodeClient:
         label: str,
         model: str = "",
         fields: Mapping[str, str] | None = None,
+        maker: Maker = UNKNOWN_MAKER,
         role: Role = Role.ENGINE,
         on_session: Callable[[Session], None] | None = None,
         budget_s: float = BUDGET_S,
@@ -121,7 +122,7 @@ class NodeClient:
         self._patience = Patience(budget_s)
         self._ops = itertools.count(1)
         # What this engine has said of itself last, and what each hello says again.
-        self._said = Introduce(OpId(0), namespace, dict(fields or {}))
+        self._said = Introduce(OpId(0), namespace, dict(fields or {}), maker)
         self._connection: Connection | None = None
         self._closed = False
         self._closing = threading.Lock()

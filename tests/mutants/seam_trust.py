@@ -164,8 +164,8 @@ SEAM_TRUST: tuple[Mutant, ...] = (
         "kvray.core.trust",
         (
             (
-                "[block for two in found for block in two[:2]], now_ms",
-                "[], now_ms",
+                "places = self._store.pin(holder, keys, slot_bytes=None, now_ms=now_ms)",
+                "places = [self._store.find(key) for key in keys]",
             ),
         ),
         tested(_TRUST),
