@@ -14,6 +14,8 @@
     workplace   which of the executors a worker gets, by its device
     ledger      which copy job belongs to which reservation, and who has not reported yet
     namespace   the digest of everything that changes a block's bytes
+    facts       what each rank has of that; weights digests what it has loaded
+    adapters    which LoRA adapters are loaded, by content; adapter_watch sees them in the workers
     versions    the only place that knows how vLLM's releases differ
 
 Nothing here imports Ray or NIXL, and only this package imports vLLM.

@@ -93,8 +93,9 @@ def worker_adapters(worker: Any) -> dict[int, Loaded]:
 
 
 def _layers_of(worker: Any) -> list[Any]:
-    """Those that have caches."""
-    groups = worker.model_runner.kv_cache_config.kv_cache_groups
+    """Those that have caches; none before there are any."""
+    config = getattr(worker.model_runner, "kv_cache_config", None)
+    groups = config.kv_cache_groups if config is not None else ()
     names = [name for group in groups for name in group.layer_names]
     return list(versions.attention_layers(worker.vllm_config, names).values())
 

@@ -86,8 +86,7 @@ def install() -> None:
     def process_weights_after_loading(model: Any, *args: Any, **kwargs: Any) -> Any:
         known = _see(model)
         answer = original(model, *args, **kwargs)
-        if known is not None:
-            _watch(known)
+        _watch(known)
         return answer
 
     process_weights_after_loading._kvray_wrapped = True  # type: ignore[attr-defined]  # noqa: SLF001
@@ -131,7 +130,7 @@ def _model_of(modules: Iterable[Any]) -> _Model | None:
     return first[0]
 
 
-def _see(module: Any) -> _Model | None:
+def _see(module: Any) -> _Model:
     """A model's tensors are loaded, and not yet packed."""
     begin_s = time.perf_counter()
     model = _Model()
@@ -161,7 +160,10 @@ def _watch(model: _Model) -> None:
         original = getattr(quant_method, "process_weights_after_loading", None)
         if original is None or getattr(original, "_kvray_wrapped", False):
             continue
-        quant_method.process_weights_after_loading = _watched(original)
+        try:
+            quant_method.process_weights_after_loading = _watched(original)
+        except AttributeError:  # it takes no attributes: what it packs anew is not seen
+            logger.info("kvray: %s can not be watched", type(quant_method).__name__)
 
 
 def _watched(original: Any) -> Any:

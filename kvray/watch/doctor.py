@@ -116,6 +116,8 @@ ADVICE = {
     "hash_seed": "Start both with the same PYTHONHASHSEED. ",
     "blocks_per_chunk": "Give both the same chunk_tokens. ",
     "tokens_per_hash": "Give both the same block_size. ",
+    "weights_nonce": "What is loaded has no name: see that engine's log. ",
+    "attention.isa": "Their CPUs lay out a block otherwise. ",
 }
 
 
