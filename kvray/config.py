@@ -193,6 +193,8 @@ class Config:
     extent_bytes: None takes default_extent_bytes() of the slab.
     lock: of the slab in memory (mlock). "auto" warns where memlock does not allow it.
     replacement: which block goes when room is needed; "lru" is there to be compared with.
+    audit_rate: of the blocks that engines store, how many may be computed once more, to be compared
+        with what another maker has stored; 0: none is compared after the canaries.
     probation_fraction: of the slots of one size, for blocks fetched from peers; not with "lru".
     reused_fraction: of the slots of one size, for blocks that were used again; not with "lru".
     lookup_deadline_ms: what engines that kvray attaches get as their own.
@@ -208,6 +210,7 @@ class Config:
     )
     lock: LockMode = field(default="auto", metadata=_by(_one_of(*LOCK_MODES)))
     replacement: Replacement = field(default="segmented", metadata=_by(_one_of(*REPLACEMENTS)))
+    audit_rate: float = field(default=0.005, metadata=_by(_fraction(0.0, 0.005)))
     probation_fraction: float = field(default=0.01, metadata=_by(_fraction(0.0, 0.9)))
     reused_fraction: float = field(default=0.15, metadata=_by(_fraction(0.0, 0.9)))
     lookup_deadline_ms: int = field(

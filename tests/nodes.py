@@ -21,7 +21,6 @@ from kvray.core.directory import DirectoryCore
 from kvray.core.effects import MarkGeneration, WriteExtent, WriteHeader
 from kvray.core.fetch import FetchLimits
 from kvray.core.ids import (
-    UNKNOWN_MAKER,
     BlockKey,
     ClientId,
     Generation,
@@ -93,6 +92,7 @@ class Node(Shell):
             wall_clock_offset_ms=WALL_CLOCK_OFFSET_MS,
             limits=limits,
             requires_proof=cluster.requires_proof,
+            audit_rate=cluster.audit_rate,
         )
         self.do(self.core.start(cluster.now_ms))
 
@@ -191,6 +191,7 @@ class Cluster:
     link_is_up: bool = True
     compares: bool = True  # False: end_comparison by hand
     requires_proof: bool | None = None
+    audit_rate: float = 0.0
     dead: set[tuple[int, int]] = field(default_factory=set)  # processes, by pid and start
     terms: int = 1
     next_session: int = 1
@@ -203,9 +204,12 @@ class Cluster:
         slot_count: int = 32,
         limits: FetchLimits | None = None,
         requires_proof: bool | None = None,
+        audit_rate: float = 0.0,
     ) -> "Cluster":
         """Nodes that have joined and know each other."""
-        cluster = cls(directory=DirectoryCore(Term(1)), requires_proof=requires_proof)
+        cluster = cls(
+            directory=DirectoryCore(Term(1)), requires_proof=requires_proof, audit_rate=audit_rate
+        )
         for name in names:
             cluster.start(name, Slab(name, slot_count=slot_count), limits=limits)
         cluster.pass_ms(500)
@@ -287,7 +291,7 @@ class Engine:
         pid: int | None = None,
         model: str = "a model",
         namespace: bytes = b"n" * 16,
-        maker: int = UNKNOWN_MAKER,
+        maker: int = 1 << 32 | 1,
         noise: NoiseLevels | None = None,
     ) -> None:
         self.node = node

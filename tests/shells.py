@@ -149,6 +149,7 @@ class Shell:
         limits: FetchLimits | None = None,
         announcing_limits: AnnouncingLimits | None = None,
         requires_proof: bool | None = None,
+        audit_rate: float = 0.0,
     ) -> None:
         self.name = name
         self.slab = slab
@@ -182,6 +183,7 @@ class Shell:
             fetch_limits=limits,
             announcing_limits=announcing_limits,
             requires_proof=requires_proof,
+            audit_rate=audit_rate,
         )
 
     def compare(self, comparison_id: int) -> Compared:

@@ -142,6 +142,23 @@ class Look:
         self.wants = [index for index in self.wants if index not in refused]
         self.writes = [index for index in self.writes if index not in behind]
 
+    def audit(self, runs: list[Run]) -> BlockKey | None:
+        """Make the last hit of a prefix run a miss, if it is another maker's and nothing is waited
+        for. Its key; None if there is none such.
+        """
+        if self.wants or self.writes:
+            return None
+        for run in runs:
+            hits = self.states[run.start : run.stop].count(_HIT)
+            index = run.start + hits - 1
+            block = self._blocks[index] if run.is_prefix and hits > 1 else None
+            if block is not None and block.place.maker != self._trusted.maker:
+                self.states[index] = _MISS
+                self._count(MissReason.AUDITED, 1)
+                self._causes[run.start] = (index, MissReason.AUDITED)
+                return self._keys[index]
+        return None
+
     def spoil(self, reason: MissReason) -> None:
         """Nothing of it counts."""
         self._count(reason, len(self.states) - self.states.count(_MISS))

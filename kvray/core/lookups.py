@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from kvray.core.audit import Audits
 from kvray.core.break_even import ALWAYS, Worth
 from kvray.core.codec import pack_slot, unpack_keys
 from kvray.core.commands import (
@@ -77,7 +78,8 @@ class _Lookup(msgspec.Struct, eq=False):
 class Lookups:
     """All lookups of one NodeStore. Pins and unpins; wants of, and forgets in, FetchCore."""
 
-    def __init__(self, store: StoreCore, fetch: FetchCore) -> None:
+    def __init__(self, store: StoreCore, fetch: FetchCore, audits: Audits) -> None:
+        self._audits = audits
         self._store = store
         self._fetch = fetch
         self._waiting: dict[Waiter, _Lookup] = {}
@@ -122,6 +124,8 @@ class Lookups:
         runs = runs_of(message)
         for run in runs:
             look.run(run)
+        if self._audits.is_due and (key := look.audit(runs)) is not None:
+            self._audits.want(key)
         worth = self._weigh(message, runs, look, now_ms)
         self.counters["lookups"] += 1
         self.counters["looked_up"] += len(keys)

@@ -16,6 +16,7 @@ from itertools import count
 from typing import Any
 
 from kvray.core.announcing import Announcing, AnnouncingLimits, AnnouncingState
+from kvray.core.audit import Audits
 from kvray.core.clients import Client, ClientRow, Clients, ClientState
 from kvray.core.commands import (
     ConnectPeer,
@@ -83,13 +84,15 @@ class NodeCore:
         fetch_limits: FetchLimits | None = None,
         announcing_limits: AnnouncingLimits | None = None,
         requires_proof: bool | None = None,
+        audit_rate: float = 0.0,
     ) -> None:
         self._store = store
         self._out: list[NodeCommand] = []
         self._clients = Clients(clients)
-        self._storing = Storing(store, self._clients, slab_id=info.slab_id)
+        self._audits = Audits(audit_rate)
+        self._storing = Storing(store, self._clients, self._audits, slab_id=info.slab_id)
         self._fetch = FetchCore(fetch_limits)
-        self._lookups = Lookups(store, self._fetch)
+        self._lookups = Lookups(store, self._fetch, self._audits)
         self._takeovers = TakeOvers(store, self._fetch)
         self._trust = TrustCore(store, self._fetch, requires_proof=requires_proof)
         call_ids = count(1)
@@ -225,10 +228,14 @@ class NodeCore:
                 )
             case Commit():
                 keys = self._storing.commit(client, message, now_ms)
+                for key, name in self._audits.end(keys):
+                    own = client.namespace, client.maker
+                    self._trust.audit(own, key, name, now_ms)
                 self._lookups.on_committed(keys, now_ms)
                 self._fetching.on_present(keys, now_ms)
             case Abandon():
                 keys = self._storing.abandon(client, message)
+                self._audits.end(keys)
                 self._lookups.on_given_up(keys, now_ms)
             case Introduce():
                 self._clients.introduce(client, message)
@@ -291,6 +298,7 @@ class NodeCore:
     def _give_up(self, client: Client, why: str, now_ms: int) -> None:
         self._lookups.end_session(client.client_id)
         keys = self._storing.quarantine(client)
+        self._audits.end(keys)
         if keys:
             text = f"{client.label or 'a client'} (pid {client.client_id.pid}) {why}"
             self._out.append(Log(f"{text}: {len(keys)} slots in quarantine", warning=True))
@@ -438,6 +446,7 @@ class NodeCore:
         self._lookups.check()
         self._takeovers.check()
         self._trust.check()
+        self._audits.check()
         waiting = {
             *self._lookups.fetching(),
             *self._takeovers.waiters(),

@@ -29,6 +29,7 @@ class MissReason(StrEnum):
     WRITER_FAILED = "writer_failed"  # the local engine that was writing it gave up
     UNPROVEN = "unproven"  # the asking engine has not computed its canary yet
     UNTRUSTED = "untrusted"  # found, by a maker that was not seen to compute what this engine does
+    AUDITED = "audited"  # it is here, and computed once more to be compared; see core.audit
     LOCAL_ONLY = "local_only"  # the lookup did not want a fetch
     BEHIND = "behind"  # behind the first miss of its prefix run: nobody looked for it
 

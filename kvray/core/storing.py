@@ -13,6 +13,7 @@ who waits for a key: its methods name the keys whose writing has ended.
 from collections.abc import Iterable, Sequence
 from itertools import repeat
 
+from kvray.core.audit import Audits
 from kvray.core.clients import Client, Clients
 from kvray.core.codec import pack_slots, unpack_keys, unpack_slots
 from kvray.core.commands import WriteClient
@@ -31,7 +32,10 @@ FETCH_HOLDER: Holder = (NODE, OpId(0))  # of all targets of fetches
 class Storing:
     """One per NodeStore. Effects are collected here, in order, with the rows of clients."""
 
-    def __init__(self, store: StoreCore, clients: Clients, *, slab_id: SlabId) -> None:
+    def __init__(
+        self, store: StoreCore, clients: Clients, audits: Audits, *, slab_id: SlabId
+    ) -> None:
+        self._audits = audits
         self._store = store
         self._clients = clients
         self._slab_id = slab_id
@@ -72,6 +76,7 @@ class Storing:
             answers = [self._present_or_full(key) for key in keys]
         else:
             self._make_way(keys, trusted)
+            wants = self._audited(wants, trusted)
             holder = (client.client_id, message.op)
             makers, row = repeat(client.maker), client.row
             answers = self._reserve(holder, wants, row, Origin.ORIGINAL, now_ms, makers=makers)
@@ -84,6 +89,8 @@ class Storing:
                 client.writing[answer.slot] = message.op
             else:
                 grants.append(answer)
+        if self._audits.is_busy:  # those for which there is no slot are none
+            self._audits.end([key for (key, _), grant in zip(wants, grants, strict=True) if grant])
         self.counters["granted"] += len(places)
         self.counters["present"] += grants.count(Grant.PRESENT)
         self.counters["dropped"] += grants.count(Grant.FULL)
@@ -109,6 +116,7 @@ class Storing:
         if keys:
             keys.reverse()
             self.counters["committed"] += len(keys)
+            self._audits.stored(len(keys))
             self.has_changes = True
         return keys
 
@@ -262,6 +270,22 @@ class Storing:
         for key, block in zip(keys, self._store.blocks_of(keys), strict=True):
             if block is not None and block.mark and block.place.maker in trusted.refused:
                 self.has_changes = self._store.evict(key) or self.has_changes
+
+    def _audited(
+        self, wants: list[tuple[BlockKey, int]], trusted: Trusted
+    ) -> list[tuple[BlockKey, int]]:
+        """What is here by another maker, whom this one trusts, is stored once more now and then,
+        under another name.
+        """
+        blocks = self._store.blocks_of([key for key, _ in wants])
+        for i, ((key, size), block) in enumerate(zip(wants, blocks, strict=True)):
+            if block is None or not block.mark or block.place.maker == trusted.maker:
+                continue
+            if block.place.bytes == size and block.place.maker in trusted.makers:
+                name = self._audits.begin(key)
+                if name is not None:
+                    wants[i] = (name, size)
+        return wants
 
     def _present_or_full(self, key: BlockKey) -> Grant | Place:
         is_here = self._store.find(key) is not None or self._store.is_writing(key)

@@ -50,9 +50,13 @@ class Tolerance:
         return found
 
 
-def tolerance_of(mine: Maker, other: Maker, noise: NoiseLevels) -> Tolerance:
-    """For engines of `mine`, whose own noise this is, that look at blocks of `other`."""
-    is_exact = maker_class(mine) == maker_class(other) and noise.alone == 0.0
+def tolerance_of(
+    mine: Maker, other: Maker, noise: NoiseLevels, *, is_canary: bool = True
+) -> Tolerance:
+    """For engines of `mine`, whose own noise this is, that look at blocks of `other`. is_canary:
+    both have computed them alone.
+    """
+    is_exact = is_canary and maker_class(mine) == maker_class(other) and noise.alone == 0.0
     level = NOISE_FACTOR * max(noise.alone, noise.batched)
     return Tolerance(
         is_exact,

@@ -4,6 +4,7 @@
      ▲  ▲                 │                                │   └─not─▶ DIFFERENT
      │  └──── no canary ──┴──────────── no verdict ────────┘               │
      └──────────────────────────── DENIED_MS later ────────────────────────┘
+    EQUAL ─two audits that differ─▶ DIFFERENT
 
 A maker is what engines are that compute alike (see ids.maker_class). What an engine of one maker
 has stored counts for engines of another only after this node has compared the canaries of both,
@@ -57,6 +58,7 @@ FETCH_DEADLINE_MS = 2_000  # as long as an engine's look-up may wait
 COMPARE_DEADLINE_MS = 30_000  # 100 MB take 0.2 s; a thread that does not answer holds no pins
 FIRST_REST_MS, MAX_REST_MS = 200, 10_000  # after no verdict, doubling: a canary may come any time
 REFUSED_AFTER = 5  # times without a verdict, 3 s: engines that start together look too early
+MAX_AUDITS = 8  # compared at a time; one more is not compared
 DENIED_MS = 24 * 3_600_000  # a machine that was repaired has another maker; this is for the others
 MAX_PIECES_SAID = 8
 
@@ -75,7 +77,7 @@ _MOVES: Final = {
     TrustState.UNSEEN: {TrustState.FETCHING},
     TrustState.FETCHING: {TrustState.COMPARING, TrustState.UNSEEN},
     TrustState.COMPARING: {TrustState.EQUAL, TrustState.DIFFERENT, TrustState.UNSEEN},
-    TrustState.EQUAL: set[TrustState](),
+    TrustState.EQUAL: {TrustState.DIFFERENT},
     TrustState.DIFFERENT: {TrustState.UNSEEN},
 }
 _UNDER_WAY: Final = (TrustState.FETCHING, TrustState.COMPARING)
@@ -89,6 +91,7 @@ class _Contact(msgspec.Struct, eq=False):
     failures: int = 0  # without a verdict, since it was first sought
     is_wanted: bool = True  # named or met since it was sought last
     op: OpId = OpId(0)  # of what is under way
+    mismatches: int = 0  # of audits
     waiting: set[BlockKey] = set()  # what is being fetched
 
     def move(self, state: TrustState) -> None:
@@ -112,10 +115,19 @@ class TrustCore:
         self._due: Deadlines[Pair] = Deadlines()  # when something is to be done of itself
         self._ready: dict[Pair, None] = {}  # their turn has come, and there is no room yet
         self._by_op: dict[OpId, _Contact] = {}
+        self._audits: dict[OpId, tuple[Pair, BlockKey]] = {}  # with the key of the copy
+        self._audits_due: Deadlines[OpId] = Deadlines()
         self._last_op = OpId(0)
         self._commands: list[CompareBlocks | Log] = []
         self.counters = dict.fromkeys(
-            ("canaries_equal", "canaries_different", "canaries_without_verdict"), 0
+            (
+                "canaries_equal",
+                "canaries_different",
+                "canaries_without_verdict",
+                "audited_chunks",
+                "audit_mismatch",
+            ),
+            0,
         )
 
     # -- questions -------------------------------------------------------------------------------
@@ -135,12 +147,13 @@ class TrustCore:
         """Whether `advance` has something to do."""
         if self._met or (self._ready and len(self._by_op) < MAX_UNDER_WAY):
             return True
-        due_ms = self._due.next_ms()
+        due_ms = self.next_deadline_ms()
         return due_ms is not None and due_ms <= now_ms
 
     def next_deadline_ms(self) -> int | None:
         """When that is so again, if nothing happens before; it is not now."""
-        return self._due.next_ms()
+        deadlines = (self._due.next_ms(), self._audits_due.next_ms())
+        return min((at_ms for at_ms in deadlines if at_ms is not None), default=None)
 
     # -- who is there ----------------------------------------------------------------------------
 
@@ -166,6 +179,8 @@ class TrustCore:
 
     def advance(self, now_ms: int, *, may_fetch: bool) -> list[FetchCommand]:
         """When it is due. may_fetch: whether peers can be asked at all."""
+        for op in self._audits_due.take_due(now_ms):
+            self._end_audit(op)
         met = list(self._met)
         self._met.clear()
         for pair in met:
@@ -205,30 +220,56 @@ class TrustCore:
         """verdicts: one for each pair of the CompareBlocks. pieces: some of those that differ. One
         that is too late, or of a comparison that nobody has asked for, is ignored.
         """
+        audited = self._end_audit(OpId(comparison_id))
+        if audited is not None:
+            self._judge_audit(audited, list(verdicts), pieces, now_ms)
+            return
         contact = self._by_op.get(OpId(comparison_id))
         if contact is None or contact.state is not TrustState.COMPARING:
             return
         found = list(verdicts)
         namespace, mine, other = contact.pair
-        name = (
-            f"maker {other:016x} and maker {mine:016x} of this node (namespace {namespace.hex()})"
-        )
         if found and all(verdict is Verdict.EQUAL for verdict in found):
             self._end(contact, TrustState.EQUAL)
             self._remember(namespace, mine).makers.add(other)
             self._remember(namespace, mine).refused.discard(other)
             self.counters["canaries_equal"] += 1
-            self._commands.append(Log(f"{name} compute the same: they share their blocks"))
+            text = f"{_name(contact.pair)} compute the same: they share their blocks"
+            self._commands.append(Log(text))
         elif found.count(Verdict.DIFFERENT) >= MIN_PAIRS:
             self._end(contact, TrustState.DIFFERENT)
-            self._due.set(contact.pair, now_ms + DENIED_MS)
-            self._remember(namespace, mine).refused.add(other)
-            self.counters["canaries_different"] += 1
-            said = ", ".join(str(piece) for piece in sorted(set(pieces))[:MAX_PIECES_SAID])
-            text = f"{name} compute different blocks under the same names (layers {said})"
-            self._commands.append(Log(f"{text}: what it has stored is a miss here", warning=True))
+            self._deny(contact, pieces, now_ms)
         else:
             self._end_without_verdict(contact, now_ms)
+
+    def audit(
+        self, own: tuple[Namespace, Maker], key: BlockKey, name: BlockKey, now_ms: int
+    ) -> None:
+        """An engine has stored under `name` what it computes for `key`, which is here by another
+        maker: compare the two. The copy goes in any case.
+        """
+        copy, block = self._store.blocks_of([name, key])
+        said = self._own.get(own)
+        if said is None or copy is None or block is None or len(self._audits) >= MAX_AUDITS:
+            self._store.evict(name)
+            return
+        size = copy.place.bytes
+        shape = next((shape for shape in said.chunks if shape.slot_bytes == size), None)
+        op = self._last_op = OpId(self._last_op + 1)
+        if (
+            shape is None
+            or not (copy.mark and block.mark)
+            or not self._store.pin_blocks((TRUST, op), [copy, block], now_ms)
+        ):
+            self._store.evict(name)
+            return
+        mine, other = copy.place.maker, block.place.maker
+        self._audits[op] = ((own[0], mine, other), name)
+        self._audits_due.set(op, now_ms + COMPARE_DEADLINE_MS)
+        # It was computed in another batch than the first time, and behind blocks that were loaded.
+        tolerance = tolerance_of(mine, other, said.noise, is_canary=False)
+        pairs = (BlockPair(copy.place, block.place, shape),)
+        self._commands.append(CompareBlocks(op, pairs, tolerance))
 
     def take_commands(self) -> list[CompareBlocks | Log]:
         """What is to be done since the last call."""
@@ -236,6 +277,46 @@ class TrustCore:
         return commands
 
     # -- private ---------------------------------------------------------------------------------
+
+    def _end_audit(self, op: OpId) -> Pair | None:
+        """It has been compared, or takes too long; None if it is no audit."""
+        audited = self._audits.pop(op, None)
+        if audited is None:
+            return None
+        pair, name = audited
+        self._audits_due.discard(op)
+        self._store.unpin((TRUST, op))
+        self._store.evict(name)
+        return pair
+
+    def _judge_audit(
+        self, pair: Pair, verdicts: list[Verdict], pieces: Iterable[int], now_ms: int
+    ) -> None:
+        """The second mismatch is an alarm: the maker is different from now on."""
+        contact = self._contacts.get(pair)
+        if verdicts not in ([Verdict.EQUAL], [Verdict.DIFFERENT]):
+            return
+        self.counters["audited_chunks"] += 1
+        if verdicts == [Verdict.EQUAL] or contact is None:
+            return
+        self.counters["audit_mismatch"] += 1
+        contact.mismatches += 1
+        if contact.mismatches >= MIN_PAIRS and contact.state is TrustState.EQUAL:
+            contact.move(TrustState.DIFFERENT)
+            self._deny(contact, pieces, now_ms)
+
+    def _deny(self, contact: _Contact, pieces: Iterable[int], now_ms: int) -> None:
+        """It is DIFFERENT."""
+        namespace, mine, other = contact.pair
+        self._due.set(contact.pair, now_ms + DENIED_MS)
+        trusted = self._remember(namespace, mine)
+        trusted.makers.discard(other)
+        trusted.refused.add(other)
+        self.counters["canaries_different"] += 1
+        said = ", ".join(str(piece) for piece in sorted(set(pieces))[:MAX_PIECES_SAID])
+        text = f"{_name(contact.pair)} compute different blocks under the same names"
+        text = f"{text} (layers {said}): what it has stored is a miss here"
+        self._commands.append(Log(text, warning=True))
 
     def _remember(self, namespace: Namespace, maker: Maker) -> Trusted:
         trusted = self._trusted.get((namespace, maker))
@@ -400,6 +481,8 @@ class TrustCore:
         assert len(self._trusted) <= max(MAX_OWN, len(self._own)) + 1
         assert not self._commands, "not done"
         assert not self._met, "met, and not seen to"
+        assert len(self._audits) <= MAX_AUDITS
+        assert len(self._audits_due) == len(self._audits)
         under_way = [c for c in self._contacts.values() if c.state in _UNDER_WAY]
         assert len(under_way) <= MAX_UNDER_WAY
         self._due.check()
@@ -419,3 +502,8 @@ class TrustCore:
         for (namespace, mine), trusted in self._trusted.items():
             for other in trusted.makers - {mine}:
                 assert (namespace, mine, other) in self._contacts, "trusted without a verdict"
+
+
+def _name(pair: Pair) -> str:
+    namespace, mine, other = pair
+    return f"maker {other:016x} and maker {mine:016x} of this node (namespace {namespace.hex()})"

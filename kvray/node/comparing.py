@@ -18,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from kvray.actors import ending_on_bug
 from kvray.core.commands import CompareBlocks, Verdict
 from kvray.core.effects import Place
 from kvray.core.ids import SlotState
@@ -79,10 +80,11 @@ class Comparing:
         self._slab, self._headers = self._slab[:0].copy(), self._headers[:0].copy()
 
     def _run(self) -> None:
-        while (asked := self._asked.get()) is not None and not self._is_closing.is_set():
-            self._on_compared(
-                compare(self._slab, self._headers, asked, is_closing=self._is_closing.is_set)
-            )
+        is_closing = self._is_closing.is_set
+        with ending_on_bug("the comparison of two blocks"):
+            while (asked := self._asked.get()) is not None and not is_closing():
+                done = compare(self._slab, self._headers, asked, is_closing=is_closing)
+                self._on_compared(done)
 
 
 def compare(

@@ -264,6 +264,7 @@ class NodeLoop(threading.Thread):
             born_ms=born_ms,
             wall_clock_offset_ms=born_wall_clock_ms - born_ms,
             spans=self._spans,
+            audit_rate=self._config.audit_rate,
         )
         self._serving = serving
         self._began.set()

@@ -55,6 +55,7 @@ METRICS = (
     Metric("kvray_stored_blocks", Kind.COUNTER, "blocks", "blocks that engines have stored"),
     Metric("kvray_dropped_stores", Kind.COUNTER, "blocks", "stores dropped: no slot was free"),
     Metric("kvray_evicted_blocks", Kind.COUNTER, "blocks", "blocks evicted for others"),
+    Metric("kvray_audits", Kind.COUNTER, "blocks", "computed once more, and compared", "verdict"),
     Metric("kvray_canaries", Kind.COUNTER, "comparisons", "of two makers' canaries", "verdict"),
     Metric("kvray_lookup_ms", Kind.HISTOGRAM, "ms", "from a look-up to its last answer"),
     Metric("kvray_locate_ms", Kind.HISTOGRAM, "ms", "a call to the directory"),
@@ -88,6 +89,8 @@ class Meters:
         self._count("kvray_stored_blocks", storing["committed"])
         self._count("kvray_dropped_stores", storing["dropped"])
         self._count("kvray_evicted_blocks", store["evicted"])
+        self._count("kvray_audits", status["trust"]["audited_chunks"], verdict="all")
+        self._count("kvray_audits", status["trust"]["audit_mismatch"], verdict="mismatch")
         for verdict in VERDICTS:
             self._count("kvray_canaries", status["trust"][f"canaries_{verdict}"], verdict=verdict)
         self._observe("kvray_lookup_ms", status["lookups"]["durations"])

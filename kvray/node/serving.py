@@ -117,6 +117,7 @@ class Serving:
         born_ms: int,
         wall_clock_offset_ms: int,
         spans: Spans | None = None,
+        audit_rate: float = 0.0,
     ) -> None:
         self._slab = slab
         self._spans = spans
@@ -165,6 +166,7 @@ class Serving:
             clients=slab.clients(),
             wall_clock_offset_ms=wall_clock_offset_ms,
             now_ms=born_ms,
+            audit_rate=audit_rate,
         )
 
     @property

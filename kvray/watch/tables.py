@@ -35,6 +35,8 @@ def status_data(status: ClusterStatus, *, page_url: str | None = None) -> dict[s
         "dropped_stores": _sum(status, "storing", "dropped"),
         "canaries_equal": _sum(status, "trust", "canaries_equal"),
         "canaries_different": _sum(status, "trust", "canaries_different"),
+        "audited_chunks": _sum(status, "trust", "audited_chunks"),
+        "audit_mismatch": _sum(status, "trust", "audit_mismatch"),
         "page_url": page_url,
     }
 

@@ -5,6 +5,7 @@ from typing import Final
 from tests.mutants.mutant import Mutant, simulated, tested
 
 _TRUST: Final = "tests/unit/test_trust.py"
+_AUDIT: Final = "tests/unit/test_audit.py"
 _COMPARING: Final = "tests/unit/test_comparing.py"
 
 SEAM_TRUST: tuple[Mutant, ...] = (
@@ -185,12 +186,49 @@ SEAM_TRUST: tuple[Mutant, ...] = (
     Mutant(
         "seam: like machines are held to their noise only",
         "kvray.core.tolerance",
+        (("maker_class(mine) == maker_class(other)", "mine == other"),),
+        tested(_TRUST),
+    ),
+    Mutant(
+        "seam: what was stored for an audit takes the place of the block",
+        "kvray.core.trust",
         (
             (
-                "is_exact = maker_class(mine) == maker_class(other) and noise.alone == 0.0",
-                "is_exact = mine == other",
+                "        self._store.unpin((TRUST, op))\n        self._store.evict(name)\n",
+                "        self._store.unpin((TRUST, op))\n",
             ),
         ),
-        tested(_TRUST),
+        tested(_AUDIT),
+    ),
+    Mutant(
+        "seam: an audit that differs is no alarm, however often",
+        "kvray.core.trust",
+        (("contact.mismatches += 1", "contact.mismatches = 1"),),
+        tested(_AUDIT),
+    ),
+    Mutant(
+        "seam: the credit of audits is saved up without end",
+        "kvray.core.audit",
+        (
+            (
+                "self._credit = min(1.0, self._credit + self._rate * count)",
+                "self._credit = self._credit + self._rate * count",
+            ),
+        ),
+        tested(_AUDIT),
+    ),
+    Mutant(
+        "seam: the slots of audits that were given up are counted for ever",
+        "kvray.core.node",
+        (
+            (
+                (
+                    "                keys = self._storing.abandon(client, message)\n"
+                    "                self._audits.end(keys)\n"
+                ),
+                "                keys = self._storing.abandon(client, message)\n",
+            ),
+        ),
+        tested(_AUDIT),
     ),
 )
