@@ -29,8 +29,7 @@ from tests.seam.engine import (
     SeamEngine,
 )
 
-BLOCKS_PER_CHUNK = CHUNK_TOKENS // BLOCK_TOKENS
-BLOCK_BYTES = PART_BYTES // BLOCKS_PER_CHUNK
+BLOCK_BYTES = PART_BYTES * BLOCK_TOKENS // CHUNK_TOKENS
 WORDS = BLOCK_BYTES // BLOCK_TOKENS // 4  # of a token's KV
 ANSWER = 7  # every token of every answer
 BATCHES = 2  # that vLLM has under way at once
@@ -41,15 +40,15 @@ class AheadEngine(SeamEngine):
     """depth: batches under way at once; 1 is what every other test engine does."""
 
     depth = BATCHES
+    window: int | None = None  # attention reads so many tokens: the token itself, and those before
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        per_chunk = int(self.connector.connector_scheduler.config.blocks_per_chunk)
         shape = DEVICE_BLOCKS, BLOCK_TOKENS, WORDS
         self.devices = [np.zeros(shape, np.uint32) for _ in range(RANKS)]
         self.groups = [
-            GroupPages(
-                (TensorPages(device.ctypes.data, BLOCK_BYTES, BLOCK_BYTES),), BLOCKS_PER_CHUNK
-            )
+            GroupPages((TensorPages(device.ctypes.data, BLOCK_BYTES, BLOCK_BYTES),), per_chunk)
             for device in self.devices
         ]
         self.batches: deque[Any] = deque()
@@ -116,16 +115,18 @@ class AheadEngine(SeamEngine):
 
     def _compute(self, name: str, start: int, end: int) -> None:
         """Attention reads all before, and the KV of the new tokens is written."""
-        digests, table = self.digests[name][:end], np.array(self.tables[name])
-        positions = np.arange(len(digests))
+        first = 0 if self.window is None else max(0, start - self.window + 1)
+        positions = np.arange(first, end)
+        digests, table = self.digests[name][first:end, None], np.array(self.tables[name])
         places = table[positions // BLOCK_TOKENS], positions % BLOCK_TOKENS
+        read = start - first
         for device in self.devices:
             found = device[places]
-            wrong = (found[:start] != digests[:start, None]).any(axis=1)
-            assert not wrong.any(), f"{name} reads wrong KV at token {int(wrong.argmax())}"
-            found[start:] = digests[start:, None]
+            wrong = (found[:read] != digests[:read]).any(axis=1)
+            assert not wrong.any(), f"{name} reads wrong KV at token {first + int(wrong.argmax())}"
+            found[read:] = digests[read:]
             device[places] = found
-        self.read_tokens += start
+        self.read_tokens += read
 
     def _move(self, job_id: int) -> int:
         job = self.moving.pop(job_id)

@@ -9,6 +9,7 @@ token that is computed first has the KV of all tokens before it compared (see ah
 import random
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,18 @@ pytest.importorskip("vllm")
 
 from vllm.config import KVTransferConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from kvray.engine.arguments import transfer_settings
 from tests.seam import engine as seam_engine
-from tests.seam.ahead import AheadEngine
+from tests.seam.ahead import BLOCK_BYTES, AheadEngine
 from tests.seam.engine import CHUNK_TOKENS, vllm_config
 from tests.seam.store import SeamStore
 
 pytestmark = [pytest.mark.engine]
 
 REQUESTS = 60
+WINDOW_TOKENS = 256
 MAX_TURNS = 20_000
 PATIENT = {"step_budget_ms": 1_000, "lookup_deadline_ms": 20_000}
 
@@ -48,14 +51,26 @@ def store() -> Iterator[SeamStore]:
 
 
 @pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("window", [None, WINDOW_TOKENS], ids=["full", "window"])
 @pytest.mark.parametrize("ahead", [True, False], ids=["ahead", "in step"])
 def test_attention_reads_what_was_computed(
-    config: Any, store: SeamStore, monkeypatch: pytest.MonkeyPatch, seed: int, *, ahead: bool
+    config: Any,
+    store: SeamStore,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+    *,
+    window: int | None,
+    ahead: bool,
 ) -> None:
+    if window is not None:
+        windowed = partial(SlidingWindowSpec, sliding_window=window)
+        monkeypatch.setattr(seam_engine, "FullAttentionSpec", windowed)
+        monkeypatch.setattr(seam_engine, "PART_BYTES", BLOCK_BYTES)  # a chunk is one block
     monkeypatch.setattr(config.scheduler_config, "async_scheduling", ahead)
     if ahead:
         monkeypatch.setattr(seam_engine, "Scheduler", AsyncScheduler)
     config.kv_transfer_config = KVTransferConfig(**transfer_settings(PATIENT | store.settings()))
+    monkeypatch.setattr(AheadEngine, "window", window)
     engine = AheadEngine(config, store)
     engine.depth = 2 if ahead else 1
     assert engine.scheduler.defer_block_free is ahead
