@@ -195,6 +195,9 @@ class Faults:
         lives_us = self._random.choice((0, 0, 50_000, 1_000_000, 4_000_000))
         if lives_us and engine.worker.client is not engine.client:
             self._world.count("orphaned_worker")
+            if self._random.randrange(2):  # it writes on, and nobody hears of it
+                engine.worker.client.lose_session(away_us=lives_us)
+                self._world.count("orphan_without_session")
         engine.die(lives_us)
         return engine.name
 
