@@ -36,6 +36,7 @@ from kvray.core.commands import (
     Verdict,
     Waiter,
 )
+from kvray.core.copies_compared import CopiesCompared
 from kvray.core.deadlines import Deadlines
 from kvray.core.fetch import FetchCore
 from kvray.core.ids import NAMESPACE_BYTES, UNKNOWN_MAKER, BlockKey, Maker, Namespace, OpId
@@ -58,7 +59,6 @@ FETCH_DEADLINE_MS = 2_000  # as long as an engine's look-up may wait
 COMPARE_DEADLINE_MS = 30_000  # 100 MB take 0.2 s; a thread that does not answer holds no pins
 FIRST_REST_MS, MAX_REST_MS = 200, 10_000  # after no verdict, doubling: a canary may come any time
 REFUSED_AFTER = 5  # times without a verdict, 3 s: engines that start together look too early
-MAX_AUDITS = 8  # compared at a time; one more is not compared
 DENIED_MS = 24 * 3_600_000  # a machine that was repaired has another maker; this is for the others
 MAX_PIECES_SAID = 8
 
@@ -115,8 +115,7 @@ class TrustCore:
         self._due: Deadlines[Pair] = Deadlines()  # when something is to be done of itself
         self._ready: dict[Pair, None] = {}  # their turn has come, and there is no room yet
         self._by_op: dict[OpId, _Contact] = {}
-        self._audits: dict[OpId, tuple[Pair, BlockKey]] = {}  # with the key of the copy
-        self._audits_due: Deadlines[OpId] = Deadlines()
+        self._audits = CopiesCompared(store)
         self._last_op = OpId(0)
         self._commands: list[CompareBlocks | Log] = []
         self.counters = dict.fromkeys(
@@ -152,7 +151,7 @@ class TrustCore:
 
     def next_deadline_ms(self) -> int | None:
         """When that is so again, if nothing happens before; it is not now."""
-        deadlines = (self._due.next_ms(), self._audits_due.next_ms())
+        deadlines = (self._due.next_ms(), self._audits.next_ms())
         return min((at_ms for at_ms in deadlines if at_ms is not None), default=None)
 
     # -- who is there ----------------------------------------------------------------------------
@@ -179,8 +178,7 @@ class TrustCore:
 
     def advance(self, now_ms: int, *, may_fetch: bool) -> list[FetchCommand]:
         """When it is due. may_fetch: whether peers can be asked at all."""
-        for op in self._audits_due.take_due(now_ms):
-            self._end_audit(op)
+        self._audits.end_late(now_ms)
         met = list(self._met)
         self._met.clear()
         for pair in met:
@@ -220,7 +218,7 @@ class TrustCore:
         """verdicts: one for each pair of the CompareBlocks. pieces: some of those that differ. One
         that is too late, or of a comparison that nobody has asked for, is ignored.
         """
-        audited = self._end_audit(OpId(comparison_id))
+        audited = self._audits.end(OpId(comparison_id))
         if audited is not None:
             self._judge_audit(audited, list(verdicts), pieces, now_ms)
             return
@@ -248,28 +246,18 @@ class TrustCore:
         """An engine has stored under `name` what it computes for `key`, which is here by another
         maker: compare the two. The copy goes in any case.
         """
-        copy, block = self._store.blocks_of([name, key])
-        said = self._own.get(own)
-        if said is None or copy is None or block is None or len(self._audits) >= MAX_AUDITS:
-            self._store.evict(name)
-            return
-        size = copy.place.bytes
-        shape = next((shape for shape in said.chunks if shape.slot_bytes == size), None)
-        op = self._last_op = OpId(self._last_op + 1)
-        if (
-            shape is None
-            or not (copy.mark and block.mark)
-            or not self._store.pin_blocks((TRUST, op), [copy, block], now_ms)
-        ):
-            self._store.evict(name)
-            return
-        mine, other = copy.place.maker, block.place.maker
-        self._audits[op] = ((own[0], mine, other), name)
-        self._audits_due.set(op, now_ms + COMPARE_DEADLINE_MS)
-        # It was computed in another batch than the first time, and behind blocks that were loaded.
-        tolerance = tolerance_of(mine, other, said.noise, is_canary=False)
-        pairs = (BlockPair(copy.place, block.place, shape),)
-        self._commands.append(CompareBlocks(op, pairs, tolerance))
+        self._last_op = OpId(self._last_op + 1)
+        asked = self._audits.begin(
+            self._last_op,
+            own[0],
+            self._own.get(own),
+            key=key,
+            name=name,
+            now_ms=now_ms,
+            deadline_ms=now_ms + COMPARE_DEADLINE_MS,
+        )
+        if asked is not None:
+            self._commands.append(asked)
 
     def take_commands(self) -> list[CompareBlocks | Log]:
         """What is to be done since the last call."""
@@ -277,17 +265,6 @@ class TrustCore:
         return commands
 
     # -- private ---------------------------------------------------------------------------------
-
-    def _end_audit(self, op: OpId) -> Pair | None:
-        """It has been compared, or takes too long; None if it is no audit."""
-        audited = self._audits.pop(op, None)
-        if audited is None:
-            return None
-        pair, name = audited
-        self._audits_due.discard(op)
-        self._store.unpin((TRUST, op))
-        self._store.evict(name)
-        return pair
 
     def _judge_audit(
         self, pair: Pair, verdicts: list[Verdict], pieces: Iterable[int], now_ms: int
@@ -481,8 +458,7 @@ class TrustCore:
         assert len(self._trusted) <= max(MAX_OWN, len(self._own)) + 1
         assert not self._commands, "not done"
         assert not self._met, "met, and not seen to"
-        assert len(self._audits) <= MAX_AUDITS
-        assert len(self._audits_due) == len(self._audits)
+        self._audits.check()
         under_way = [c for c in self._contacts.values() if c.state in _UNDER_WAY]
         assert len(under_way) <= MAX_UNDER_WAY
         self._due.check()

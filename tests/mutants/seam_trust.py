@@ -191,7 +191,7 @@ SEAM_TRUST: tuple[Mutant, ...] = (
     ),
     Mutant(
         "seam: what was stored for an audit takes the place of the block",
-        "kvray.core.trust",
+        "kvray.core.copies_compared",
         (
             (
                 "        self._store.unpin((TRUST, op))\n        self._store.evict(name)\n",

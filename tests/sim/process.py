@@ -40,7 +40,7 @@ from kvray.core.messages import (
 from kvray.core.reasons import MissReason
 from tests.shells import Shell
 from tests.sim.link import Transfer
-from tests.sim.makers import Seen
+from tests.sim.makers import AUDIT_RATE, Seen
 from tests.sim.profile import ANNOUNCING_LIMITS, FETCH_LIMITS
 from tests.sim.promises import Promises
 
@@ -84,6 +84,7 @@ class NodeProcess(Shell):
             limits=FETCH_LIMITS,
             announcing_limits=ANNOUNCING_LIMITS,
             requires_proof=True,
+            audit_rate=AUDIT_RATE,
         )
 
     def begin(self) -> None:
@@ -97,6 +98,8 @@ class NodeProcess(Shell):
         self.world.story.fetched_blocks += seen["fetch"]["fetched_blocks"]
         untrusted = seen["lookups"]["misses"].get(MissReason.UNTRUSTED.value, 0)
         self.world.story.faults["untrusted"] += untrusted
+        assert not seen["trust"]["audit_mismatch"], "an audit of who computes alike differs"
+        self.world.story.faults["audited"] += seen["trust"]["audited_chunks"]
         not_worth_it = seen["lookups"]["misses"].get(MissReason.BELOW_BREAK_EVEN.value, 0)
         self.world.story.faults["not_worth_a_fetch"] += not_worth_it
         self.watched_slab.pins.clear()

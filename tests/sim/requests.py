@@ -20,7 +20,7 @@ from kvray.core.messages import (
 )
 from tests.shells import BLOCK_BYTES, Slot, key
 from tests.sim.copies import Block, longest_load_us
-from tests.sim.makers import is_canary
+from tests.sim.makers import is_canary, note_audits
 
 if TYPE_CHECKING:
     from tests.sim.engine import Engine
@@ -215,6 +215,7 @@ class Request:
             self.end()
             return
         self.keys = keys
+        note_audits(keys)
         runs = _runs(keys)
         op = client.op()
         message = Reserve(
