@@ -546,3 +546,15 @@ def step(llm: Any) -> None:
 
 def _core(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core
+
+
+def canary_keys(llm: Any) -> list[str]:
+    """Under which its canary is in the slab of its node, in hex."""
+    from kvray.core.ids import Maker
+    from kvray.core.keys import canary_keys as keys_of
+
+    connector = connector_of(llm)
+    maker = Maker(int(canary(llm)["maker"], 16))
+    groups = range(len(connector.lookups.slot_bytes))
+    namespace = connector.lookups.namespace
+    return [key.hex() for group in groups for key in keys_of(namespace, maker, group)]

@@ -21,6 +21,7 @@ import kvray
 from kvray.actors import RAY_NAMESPACE, node_store_name
 from kvray.config import socket_path
 from kvray.core.ids import BlockKey
+from kvray.core.keys import CANARY_CHUNKS
 from kvray.engine.arguments import transfer_settings
 
 SLAB_BYTES = 256 << 20  # 240 chunks of the tiny model
@@ -80,8 +81,17 @@ class Nodes:
         return socket_path(None, self.cluster.name, self.node_ids[index])
 
     def wait_unpinned(self, index: int) -> None:
-        """Until no request holds a slot of node `index` any more."""
-        wait_until(lambda: not self.status(index)["store"]["pins"], what="the end of all pins")
+        """Until no request holds a slot of node `index` any more: what is left are the canaries of
+        its engines.
+        """
+
+        def is_unpinned() -> bool:
+            status = self.status(index)
+            there = [client for client in status["clients"] if client["state"] == "open"]
+            canaries = sum(CANARY_CHUNKS * client["chunk_kinds"] for client in there)
+            return bool(status["store"]["pins"] == canaries)
+
+        wait_until(is_unpinned, what="the end of all pins")
 
     def wait_listed(self, keys: list[BlockKey]) -> None:
         """Until the directory knows where each of these is."""

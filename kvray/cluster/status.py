@@ -81,6 +81,7 @@ class Location:
     bytes: int
     origin: int  # Origin: 1 is a copy that was fetched from a peer
     suspect: bool  # its node has been silent for a while
+    maker: int  # which class of engines has computed it (core.ids.Maker)
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,6 +246,7 @@ class Clients:
                 "fields": dict(client.fields),
                 "namespace": client.namespace.hex(),
                 "maker": f"{client.maker:016x}",
+                "chunk_kinds": len(client.chunks),
                 "row": client.row,
                 "writing": len(client.writing),
                 "counters": dict(client.counters),

@@ -28,13 +28,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from kvray.core.keys import CANARY_CHUNKS
 from kvray.engine import versions
 from kvray.engine.canary_rank import FLOATS, RankReport, rank_take
 
 logger = logging.getLogger("kvray.engine")
 
 ID_PREFIX = "kvray-canary-"  # of the request ids; an id of vLLM's front ends has no such beginning
-CHUNKS = 2  # of each cache group: the second confirms what the first says
+CHUNKS = CANARY_CHUNKS
 MAX_TRIES = 8  # of a round that is given up under it (paused, aborted); then REFUSED
 MAX_STEPS = 1_000  # of a round while nobody else computes: chunked prefill takes a handful
 
@@ -78,14 +79,13 @@ class Proof:
 
     maker: 64 bits, never 0: the class (build, machine, batch limits) in the high half, a digest of
     the canary's bytes over all ranks in the low one. alone, batched: relative errors of the own
-    canary computed again. chunk_counts: for each group how many of its chunks there are, at most
-    CHUNKS. layer_counts: in how many pieces each rank's part of a chunk is divided.
+    canary computed again. layer_counts: for each cache group in how many pieces a rank's part of a
+    chunk is divided.
     """
 
     maker: int
     alone: float
     batched: float
-    chunk_counts: tuple[int, ...]
     layer_counts: tuple[int, ...]
 
 
@@ -96,7 +96,7 @@ class Canary:
         self.state = CanaryState.DUE
         self.why = "it has not been computed yet"
         self.proof: Proof | None = None
-        self._groups = list(groups)
+        self.groups = tuple(groups)
         self._vocabulary = int(vllm_config.model_config.get_vocab_size())
         self._class_facts = {
             "max_num_batched_tokens": vllm_config.scheduler_config.max_num_batched_tokens,
@@ -167,7 +167,7 @@ class Canary:
                 f"its canary has {self._token_count} tokens, and max_model_len is "
                 f"{model.max_model_len}: set a larger one, or smaller chunk_tokens"
             )
-        odd = sorted({group.dtype for group in self._groups} - set(FLOATS))
+        odd = sorted({group.dtype for group in self.groups} - set(FLOATS))
         return f"kvray can not compare caches of {', '.join(odd)}" if odd else None
 
     def _ask(self, engine_core: Any) -> None:
@@ -198,16 +198,19 @@ class Canary:
         if not block_ids:
             self._again("it was aborted")
             return
-        chunks = [self._chunks(group, block_ids[group.index]) for group in self._groups]
+        chunks = [self._chunks(group, block_ids[group.index]) for group in self.groups]
+        if not all(chunks):
+            self._move(CanaryState.REFUSED, "a window of it is smaller than a chunk")
+            return
         reports: list[RankReport] = engine_core.model_executor.collective_rpc(
             rank_take,
-            args=(chunks, [group.dtype for group in self._groups], self._round is Round.FIRST),
+            args=(chunks, [group.dtype for group in self.groups], self._round is Round.FIRST),
         )
         reports.sort(key=lambda report: report.rank)
         versions.forget_blocks(engine_core, [ids for ids in asked.values() if ids])
-        self._end_round(reports, tuple(len(group) for group in chunks))
+        self._end_round(reports)
 
-    def _end_round(self, reports: list[RankReport], chunk_counts: tuple[int, ...]) -> None:
+    def _end_round(self, reports: list[RankReport]) -> None:
         distance = max((report.distance or 0.0) for report in reports)
         if self._round is Round.FIRST:
             self._first = reports
@@ -221,7 +224,6 @@ class Canary:
                 maker=self._maker(),
                 alone=distance,
                 batched=max(batched, distance),
-                chunk_counts=chunk_counts,
                 layer_counts=self._first[0].layer_counts,
             )
             self._move(CanaryState.PROVEN, "")
@@ -239,8 +241,9 @@ class Canary:
             self._move(CanaryState.DUE, what)
 
     def _chunks(self, group: CanaryGroup, block_ids: Sequence[int]) -> list[list[int]]:
-        """The last whole chunks of the canary that are on the device; a window has let go of what
-        lies before it (block 0).
+        """The last whole chunks of the canary that are on the device: CHUNKS of them, or none. A
+        window has let go of what lies before it (block 0); where it leaves one chunk, that one
+        stands for both.
         """
         blocks_per_chunk = group.tokens_per_chunk // group.tokens_per_block
         whole = (self._token_count - 1) // group.tokens_per_chunk
@@ -248,7 +251,8 @@ class Canary:
             list(block_ids[i * blocks_per_chunk : (i + 1) * blocks_per_chunk])
             for i in range(max(0, whole - CHUNKS), whole)
         ]
-        return [chunk for chunk in chunks if all(chunk)]
+        held = [chunk for chunk in chunks if all(chunk)]
+        return [held[0], held[-1]] if held else []
 
     def _maker(self) -> int:
         facts = [self._class_facts, *(report.machine for report in self._first)]

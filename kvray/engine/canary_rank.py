@@ -83,11 +83,14 @@ class RankCanary:
         counts = tuple(len(layers) for layers in self._layers)
         return RankReport(self._rank, digest.digest(), distance, counts, machine_facts())
 
-    def write(self, slab: MappedSlab, spec: SlotSpec) -> bool:
-        """Put this rank's part of each kept chunk into its slot. spec: a slot for each chunk, group
-        by group. False if the slots do not fit.
+    def write(self, slab: MappedSlab, spec: SlotSpec, chunks: Sequence[int]) -> bool:
+        """Put this rank's part of these kept chunks into their slots. chunks: their numbers,
+        counted through all groups; one for each slot of spec. False if the slots do not fit.
         """
-        parts = [part for group in self._kept for part in group]
+        kept = [part for group in self._kept for part in group]
+        if not all(chunk < len(kept) for chunk in chunks):
+            return False
+        parts = [kept[chunk] for chunk in chunks]
         if len(parts) != len(spec) or not slab.contains(spec.offsets, spec.slot_bytes):
             return False
         for part, offset, slot_bytes in zip(
@@ -149,10 +152,10 @@ def rank_take(
     return report
 
 
-def rank_write(worker: Any, spec: SlotSpec) -> bool:
-    """Whether this rank's part is in these slots."""
+def rank_write(worker: Any, spec: SlotSpec, chunks: Sequence[int]) -> bool:
+    """Whether this rank's part of these chunks is in these slots."""
     del worker
-    return bool(_transfers().write_canary(spec))
+    return bool(_transfers().write_canary(spec, chunks))
 
 
 def _transfers() -> Any:

@@ -28,10 +28,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import Of
 
 from kvray.config import find_sockets
 from kvray.core.ids import Namespace
-from kvray.engine import canary, hooks, support, versions
+from kvray.engine import hooks, support, versions
 from kvray.engine.adapter_watch import loaded_with
 from kvray.engine.adapters import Adapters, Loaded
-from kvray.engine.canary import Canary, CanaryGroup
 from kvray.engine.chunk_names import CHUNK_TOKENS
 from kvray.engine.discovery import socket_finder
 from kvray.engine.facts import Facts, facts_of
@@ -53,6 +52,7 @@ from kvray.engine.namespace import (
     measured,
     with_facts,
 )
+from kvray.engine.proving import Proving
 from kvray.engine.requests import RequestView, Run
 from kvray.engine.spec import FIRST_SESSION_S, engine_nonce
 from kvray.engine.transfers import Transfers
@@ -98,7 +98,7 @@ class KVRayConnector(OffloadingConnector):
         self._weights = Weights(None, "this rank has no caches yet")
         self._client: NodeClient | None = None
         self._uncached: str | None = None
-        self._canary: Canary | None = None
+        self._proving: Proving | None = None
         self._attached = support.engine_config(vllm_config).attached
         # One for all of kvray in EngineCore: what one part can not do, no other may wait for.
         is_scheduler = role is KVConnectorRole.SCHEDULER
@@ -130,7 +130,14 @@ class KVRayConnector(OffloadingConnector):
             budget_s=config.step_budget_ms / 1_000,
         )
         self.lookups.open(self._client, fields)
-        self._canary = Canary(vllm_config, self._canary_groups(kv_cache_config))
+        self._proving = Proving(
+            vllm_config,
+            kv_cache_config,
+            group_configs=self.connector_scheduler.config.kv_group_configs,
+            client=self._client,
+            lookups=self.lookups,
+            fields=lambda: self._said(self.lookups.fields),
+        )
         self._client.start()
         if find_sockets(config):
             wait_session(self._client)
@@ -140,32 +147,20 @@ class KVRayConnector(OffloadingConnector):
     def _said(self, fields: Mapping[str, Any]) -> dict[str, str]:
         return as_text({**fields, CHUNK_TOKENS: self._chunk_tokens()})
 
-    def _introduce(self) -> None:
-        """Say the namespace of now, and what it is made of."""
-        assert self._client is not None
-        self._client.introduce(self.lookups.namespace, fields=self._said(self.lookups.fields))
-
     def _chunk_tokens(self) -> int:
         groups = self.connector_scheduler.config.kv_group_configs
         return min(int(group.tokens_per_chunk) for group in groups)
 
-    def _canary_groups(self, kv_cache_config: Any) -> list[CanaryGroup]:
-        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-        return [
-            CanaryGroup(
-                index=group.group_idx,
-                tokens_per_block=group.tokens_per_block,
-                tokens_per_chunk=group.tokens_per_chunk,
-                dtype=str(specs[group.group_idx].dtype).removeprefix("torch."),
-            )
-            for group in self.connector_scheduler.config.kv_group_configs
-        ]
-
     @guarded(nothing)
     def prove(self, engine_core: Any) -> None:
-        """Between two steps: the canary, as far as it is due (see engine.canary)."""
-        if self._canary is not None and self._uncached is None:
-            canary.prove(self._canary, engine_core)
+        """Between two steps; see engine.steps."""
+        if self._proving is None or self._uncached is not None:
+            return
+        self._proving.prove(engine_core)
+        if (why := self._proving.why_not) is not None:
+            self._uncached = why
+            self.lookups.slot_bytes = None
+            logger.warning("kvray: this engine runs uncached: %s", why)
 
     @property
     def lookups(self) -> Lookups:
@@ -187,7 +182,8 @@ class KVRayConnector(OffloadingConnector):
         ranks = sorted(ranks, key=lambda rank: rank.rank)
         facts = [rank.facts for rank in ranks]
         self.lookups.rename(with_facts(self.lookups.fields, facts, nonce=secrets.token_hex(16)))
-        self._introduce()
+        if self._proving is not None:
+            self._proving.introduce()
         if not are_named(facts):
             self._say_unnamed([rank.why_unnamed for rank in ranks])
         groups = versions.offloaded_group_ids(self._kv_cache_config)
@@ -214,7 +210,7 @@ class KVRayConnector(OffloadingConnector):
 
     @guarded(nothing)
     def _describe(self, request: Any) -> None:
-        own = self._canary is not None and self._canary.is_own(request.request_id)
+        own = self._proving is not None and self._proving.canary.is_own(request.request_id)
         shareable = support.is_shareable(request) and not own
         salt: bytes | None = b""
         if (adapter := versions.lora_identity(request)) is not None:
@@ -351,8 +347,9 @@ class KVRayConnector(OffloadingConnector):
 
     @guarded(nothing)
     def _note_end(self, request: Any, block_ids: tuple[list[int], ...]) -> None:
-        if self._canary is not None:
-            self._canary.request_ended(request.request_id, request.num_computed_tokens, block_ids)
+        if self._proving is not None:
+            computed_tokens = request.num_computed_tokens
+            self._proving.canary.request_ended(request.request_id, computed_tokens, block_ids)
 
     @guarded(nothing, also_off=True)
     def _leave_if_off(self) -> None:
@@ -432,7 +429,7 @@ class KVRayConnector(OffloadingConnector):
             "uncached": self._uncached or self.switch.off,
             "slot_bytes": dict(lookups.slot_bytes or {}),
             "pending": self.pending(),
-            "canary": None if self._canary is None else self._canary.snapshot(),
+            "canary": None if self._proving is None else self._proving.canary.snapshot(),
             "prefill_tokens_per_s": lookups.prefill_rate.tokens_per_s,
             "unacknowledged": client.snapshot()["unacknowledged"] if client is not None else 0,
             "counters": {**lookups.counters, **(client.counters if client is not None else {})},
@@ -481,9 +478,13 @@ class KVRayConnector(OffloadingConnector):
         """
         self._ledger.renew()
         self.lookups.renew(nonce, tainted=tainted)
-        if self._canary is not None:
-            self._canary.weights_change()
-        self._introduce()
+        self._begin_proof()
+
+    def _begin_proof(self) -> None:
+        """The names have changed: whatever was proven is not proven any more."""
+        if self._proving is not None:
+            self._proving.weights_change()
+            self._proving.introduce()
 
     @property
     def is_named(self) -> bool:
@@ -508,9 +509,7 @@ class KVRayConnector(OffloadingConnector):
         self._ledger.renew()
         self.lookups.renew(tainted=tainted)
         self.lookups.rename(measured(self.lookups.fields, digests))
-        if self._canary is not None:
-            self._canary.weights_change()
-        self._introduce()
+        self._begin_proof()
 
     # ---- in each worker
 

@@ -186,12 +186,12 @@ class Transfers(OffloadingWorker):
         )
 
     @guarded(lambda *_: False)
-    def write_canary(self, spec: SlotSpec) -> bool:
-        """Whether this rank's part of the canary is in these slots now."""
+    def write_canary(self, spec: SlotSpec, chunks: Sequence[int]) -> bool:
+        """Whether this rank's part of these chunks of the canary is in these slots now."""
         session = self._client.session_for(spec.slab_id)
         if session is None or session.slab is None:
             return False
-        return self.canary.write(session.slab, spec)
+        return self.canary.write(session.slab, spec, chunks)
 
     def wait(self, job_ids: set[int]) -> None:
         """Returns when none of these copies is under way. The one wait of the engine for kvray

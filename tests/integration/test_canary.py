@@ -13,7 +13,7 @@ from tests.conftest import EngineFactory
 from tests.engines import Engine, Mode
 from tests.models import tiny, tiny_gemma2
 from tests.prompts import prompt_of
-from tests.ray_nodes import Nodes, running_nodes
+from tests.ray_nodes import Nodes, running_nodes, wait_until
 
 pytestmark = [pytest.mark.heavy, pytest.mark.engine]
 
@@ -34,6 +34,17 @@ def test_an_engine_is_proven_before_its_first_request(engine: Engine) -> None:
 
     assert found["state"] == "proven", found
     assert not engine.call(in_engine.is_cached_anywhere)  # nothing of it stays on the device
+
+
+def test_its_canary_lies_in_the_slab_of_its_node_under_the_makers_name(
+    nodes: Nodes, engine: Engine
+) -> None:
+    keys = engine.call(in_engine.canary_keys)
+
+    assert len(keys) == 2
+    wait_until(lambda: set(keys) <= {key.hex() for key in nodes.keys(0)}, what="the canary")
+    nodes.cluster.clear()  # evicts whatever nobody has pinned
+    assert set(keys) <= {key.hex() for key in nodes.keys(0)}
 
 
 def test_two_engines_that_compute_alike_are_one_maker_by_whatever_door(
