@@ -298,7 +298,8 @@ class Connector:
         self._on_open(connection)
         try:
             while not connection.has_ended():
-                connection.wait_arrival()
+                if not self._closing:  # else the hello, answered just then, has taken the wake-up
+                    connection.wait_arrival()
                 if self._closing:
                     connection.end("this client is closed")
                 with connection.reading:

@@ -10,6 +10,8 @@ pytest.importorskip("vllm")
 from tests.seam.pairs import Seam, seam
 from tests.seam.states import World
 
+AMPLE_BUDGET_MS = 1_000  # one story each: there is time for a host that is busy
+
 
 @pytest.fixture(scope="module")
 def made() -> Iterator[Seam]:
@@ -25,6 +27,6 @@ def made() -> Iterator[Seam]:
 @pytest.fixture
 def world(made: Seam) -> Iterator[World]:
     """The chunks of STORED are in the slab, and not on the device."""
-    with made.world() as world:
+    with made.world(step_budget_ms=AMPLE_BUDGET_MS) as world:
         world.fill_slab()
         yield world

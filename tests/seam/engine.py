@@ -39,7 +39,7 @@ DEVICE_BLOCKS = 60
 STEP_TOKENS = 512
 RANKS = 2
 PART_BYTES = 4_096
-LOOKUP_DEADLINE_MS = 250
+LOOKUP_DEADLINE_MS = 300
 IDLE_STEP_S = 0.001  # what vLLM sleeps after a step without work
 MODEL = {
     "architectures": ["MistralForCausalLM"],

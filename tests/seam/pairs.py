@@ -23,7 +23,7 @@ MAX_IDLE_STEPS = 2
 MAX_STEPS = 2_000  # of a request: a bug, if it is not over by then
 FLUSH_STEPS = 3  # what has finished is stored, reported, and forgotten
 # Far more than a question takes, on a host that runs other tests too; less than the deadline.
-STEP_BUDGET_MS = 100
+STEP_BUDGET_MS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +56,14 @@ class Seam:
         self._model = model
 
     @contextmanager
-    def world(self) -> Iterator[World]:
+    def world(self, *, step_budget_ms: int = STEP_BUDGET_MS) -> Iterator[World]:
         store = SeamStore(self._runtime)
         try:
             if self._config is None:
                 self._config = vllm_config(self._model)
             settings = {
                 "lookup_deadline_ms": LOOKUP_DEADLINE_MS,
-                "step_budget_ms": STEP_BUDGET_MS,
+                "step_budget_ms": step_budget_ms,
                 **store.settings(),
             }
             # A detach takes it away.

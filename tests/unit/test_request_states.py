@@ -41,6 +41,11 @@ def test_who_is_barred_stays_so() -> None:
         assert after in (S.BARRED, S.FINISHED), event
 
 
+def test_who_is_barred_under_a_load_is_barred_after_it() -> None:
+    loading = MOVES[S.LOADING][E.BAR]
+    assert MOVES[loading][E.LOAD_ENDED] is MOVES[loading][E.LOAD_FAILED] is S.BARRED
+
+
 def test_after_a_failed_load_only_a_preemption_lets_it_ask_again() -> None:
     ways = [event for event, after in MOVES[S.MISSING].items() if after is S.OPEN]
     assert ways == [E.PREEMPT]
