@@ -1,10 +1,11 @@
-"""Hooks in EngineCore for what vLLM does not tell its connector: that the weights change, and that
-a step is about to begin (engine.steps).
+"""Hooks in EngineCore for what vLLM does not tell its connector: that the weights change, that an
+adapter is loaded between two steps, and that a step is about to begin (engine.steps).
 
 update_weights and reload_weights are plain collective_rpc calls, sleep drops or moves the weights,
-and an operator's own worker extension has names of its own. So EngineCore's two doors are wrapped,
-by class and once per process, and every call whose name speaks of weights renews the namespace
-*before* it runs: new weights never meet old KV, and a false alarm costs misses only.
+and an operator's own worker extension has names of its own. So EngineCore's doors are wrapped, by
+class and once per process, and every call whose name speaks of weights renews the namespace
+*before* it runs: new weights never meet old KV, and a false alarm costs misses only. *After* it the
+workers are asked what they have now (see engine.weights).
 """
 
 import functools

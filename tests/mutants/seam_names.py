@@ -43,12 +43,6 @@ SEAM_NAMES: tuple[Mutant, ...] = (
         WEIGHTS,
     ),
     Mutant(
-        "seam: tables that follow from the longest prompt are in the digest",
-        "kvray.engine.weights",
-        ((" and name not in module._non_persistent_buffers_set", ""),),
-        WEIGHTS,
-    ),
-    Mutant(
         "seam: a packed layer that nobody has loaded anew has its old name",
         "kvray.engine.weights",
         (("    if not layer.is_fresh:\n", "    if layer.is_fresh is None:\n"),),
