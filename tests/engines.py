@@ -193,6 +193,13 @@ class Engine:
         )
 
 
+def assert_nothing_waits(engine: Engine) -> None:
+    """No request of this in-process engine is unfinished, and no device block is lost."""
+    from tests import in_engine
+
+    assert engine.call(in_engine.waiting) == {"requests": [], "device_blocks": 0}
+
+
 def start_engine(
     model: Path,
     *,

@@ -97,6 +97,19 @@ def load_adapter_again(llm: Any, name: str, number: str, folder: str) -> None:
     llm.llm_engine.add_lora(LoRARequest(name, int(number), folder, load_inplace=True))
 
 
+def waiting(llm: Any) -> dict[str, Any]:
+    """What a test leaves behind in an engine of this process, a few steps after its last request:
+    requests that are not over, and device blocks that nobody holds. See assert_nothing_waits.
+    """
+    core = llm.llm_engine.engine_core.engine_core
+    settle(llm)
+    pool = core.scheduler.kv_cache_manager.block_pool
+    return {
+        "requests": sorted(core.scheduler.requests),
+        "device_blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),  # the null block
+    }
+
+
 def fields(llm: Any) -> dict[str, Any]:
     """What the namespace is the digest of."""
     return dict(connector_of(llm).lookups.fields)
