@@ -47,9 +47,8 @@ from kvray.core.store import TRUST, StoreCore
 from kvray.core.tolerance import tolerance_of
 from kvray.core.trusted import Own, Pair, Trusted, mark_of
 
-# Whether an engine that has not introduced itself with a maker is without a cache. Until every
-# engine computes its canary, those without a maker share as they always did.
-REQUIRE_PROOF = False
+# An engine that has not introduced itself with a maker is without a cache: every block has one.
+REQUIRE_PROOF = True
 
 MAX_PAIRS = 1_024  # 32 makers of one namespace, all seen by one node; about 300 bytes each
 MAX_OWN = 256  # makers of this node's engines that are remembered: as many as may run, and before
