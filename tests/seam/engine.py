@@ -24,7 +24,7 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from kvray.core.ids import BlockKey
+from kvray.core.ids import BlockKey, Namespace
 from kvray.core.keys import block_keys
 from kvray.engine import attach, versions
 from kvray.engine.arguments import transfer_settings
@@ -32,7 +32,7 @@ from kvray.engine.connector import KVRayConnector
 from kvray.engine.jobs import KVRayWorkerMetadata, RankHandshake
 from kvray.node.client import ClientState
 from tests.ray_nodes import wait_until
-from tests.seam.store import ANSWER_LIMIT_S, SeamStore
+from tests.seam.store import ANSWER_LIMIT_S, MAKER, SeamStore
 
 BLOCK_TOKENS, CHUNK_TOKENS = 32, 128
 DEVICE_BLOCKS = 60
@@ -97,6 +97,7 @@ class SeamEngine:
     store: SeamStore
     copies: dict[int, Copy] = field(default_factory=dict)
     fault: str | None = None  # a worker's, to be told with its next report
+    _proven_as: Namespace | None = None
 
     def __post_init__(self) -> None:
         spec = FullAttentionSpec(
@@ -141,6 +142,17 @@ class SeamEngine:
             ),
         )
         self.wait_connected()
+        self._be_proven()
+        client = self.connector._client  # noqa: SLF001
+        assert client is not None
+        wait_until(lambda: client.is_introduced, what="the introduction")
+
+    def _be_proven(self) -> None:
+        """As an engine of this name whose canary was computed: here is no model that could."""
+        lookups, client = self.connector.lookups, self.connector._client  # noqa: SLF001
+        if client is not None and self._proven_as != lookups.namespace:
+            self._proven_as = lookups.namespace
+            client.introduce(lookups.namespace, fields={}, maker=MAKER)
 
     # ---- requests
 
@@ -166,6 +178,8 @@ class SeamEngine:
         """One step; how many tokens it computed. ends: the ranks report all that was under way
         before it and what it begins.
         """
+        if self.attached() is not None:
+            self._be_proven()
         output = self.scheduler.schedule()
         self._take_jobs(output.kv_connector_metadata)
         ids = list(output.num_scheduled_tokens)

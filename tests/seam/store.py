@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from kvray.core.ids import BlockKey, Namespace, SlotState
+from kvray.core.ids import BlockKey, Maker, Namespace, SlotState
 from kvray.core.messages import Grant
 from kvray.link.loopback import LoopbackLink
 from kvray.node.client import NodeClient, Reservation
@@ -17,6 +17,7 @@ from tests.slabs import NODE, Host
 
 AMPLE_BUDGET_S = 5.0  # of a client that has no scheduler step to keep
 ANSWER_LIMIT_S = 10.0
+MAKER = Maker(1 << 32 | 1)  # of all engines here
 
 
 class SeamStore:
@@ -83,6 +84,7 @@ class SeamStore:
             engine_nonce=len(self._others) + 1,
             namespace=namespace,
             label="another engine",
+            maker=MAKER,
             budget_s=AMPLE_BUDGET_S,
         )
         self._others.append(client)
