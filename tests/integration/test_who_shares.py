@@ -106,6 +106,25 @@ def test_another_hash_seed_or_tag_is_another_namespace(
     assert {name for name in ours if ours[name] != theirs[name]} == {"model_tag"}
 
 
+def test_weights_that_kvray_did_not_see_are_shared_by_their_tag_or_with_nobody(
+    nodes: Nodes, engine_factory: EngineFactory
+) -> None:
+    """VLLM_PLUGINS names others only, so kvray comes when the model is loaded already."""
+    unseen = {"environment": {"VLLM_PLUGINS": "lora_filesystem_resolver"}}
+    plain = engine_factory(tiny(), kv_transfer_config=nodes.transfer(0), **unseen)
+    a, b = (
+        engine_factory(tiny(), kv_transfer_config=nodes.transfer(0, model_tag="v3"), **unseen)
+        for _ in range(2)
+    )
+    prompt = prompt_of(TOKENS, seed=9)
+    for engine in (plain, a):
+        assert engine.generate(prompt).cached_tokens == 0
+        assert engine.call(in_engine.settle)["counters"]["stored_chunks"] == TOKENS // 128
+    assert "have no digest" in plain.group.log.read_text()
+
+    assert b.generate(prompt).cached_tokens == full_chunks(TOKENS)
+
+
 def test_a_hybrid_model_with_a_sliding_window_is_cached(
     nodes: Nodes, engine_factory: EngineFactory
 ) -> None:
