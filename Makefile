@@ -21,9 +21,9 @@ NGINX_PACKAGES := $(shell grep -v '^\#' requirements/nginx-packages.txt)
 # Upper bounds of one run, in seconds: .ci/run has 60 minutes for those that it runs.
 QUICK_LIMIT_S := 600
 QUICK_SEEDS := 40
-TEST_LIMIT_S := 1800
+TEST_LIMIT_S := 2700
 SLOW_LIMIT_S := 1800
-RAY_LLM_LIMIT_S := 1800
+RAY_LLM_LIMIT_S := 2400
 CLUSTER_LIMIT_S := 900
 WHEEL_LIMIT_S := 1800
 

@@ -23,7 +23,7 @@ from benchmarks.fault_world import World
 from kvray.core.ids import BlockKey
 from tests.block_client import Client, payload_of
 from tests.engines import Engine, EngineError, Mode
-from tests.ray_nodes import wait_until
+from tests.ray_nodes import pins_of_requests, wait_until
 
 DIRECTORY_PEER_MS = 4_000  # Ray starts it again in 1 s, the nodes say hello to it within another
 DIRECTORY_WHOLE_MS = 6_000  # at BLOCK_COUNT blocks
@@ -168,8 +168,8 @@ def _ask_for_ever(victim: Engine, prompts: list[list[int]]) -> None:
 
 def _held(world: World) -> dict[str, int]:
     """What is reserved and pinned on the victim's node, by anybody."""
-    store = world.nodes.status(VICTIM)["store"]
-    return {what: store[what] for what in ("writing", "pins")}
+    status = world.nodes.status(VICTIM)
+    return {"writing": status["store"]["writing"], "pins": pins_of_requests(status)}
 
 
 def _until_gone(world: World, pids: set[int], since_s: float) -> int | None:

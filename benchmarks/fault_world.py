@@ -22,7 +22,13 @@ from kvray.actors import RAY_NAMESPACE, directory_name
 from kvray.core.ids import BlockKey
 from tests.engines import Engine, Mode, start_engine
 from tests.models import tiny
-from tests.ray_nodes import READY_LIMIT_S, Nodes, running_nodes, wait_until
+from tests.ray_nodes import (
+    READY_LIMIT_S,
+    Nodes,
+    pins_of_requests,
+    running_nodes,
+    wait_until,
+)
 
 SLAB_BYTES = 1 << 30  # 100,000 blocks of 4 KiB, and 250 chunks of the engines beside them
 EXTENT_BYTES = 16 << 20
@@ -182,9 +188,11 @@ class World:
                 found.append(f"{name} has {occupied} occupied slots: {store}")
             found += [
                 f"{name} has {store[what]} {what}"
-                for what in ("writing", "quarantined", "pins")
+                for what in ("writing", "quarantined")
                 if store[what]
             ]
+            if pins := pins_of_requests(status):
+                found.append(f"{name} has {pins} pins of requests")
             ray.get(self.nodes.store(index).check.remote())
         return found
 

@@ -85,13 +85,7 @@ class Nodes:
         its engines.
         """
 
-        def is_unpinned() -> bool:
-            status = self.status(index)
-            there = [client for client in status["clients"] if client["state"] == "open"]
-            canaries = sum(CANARY_CHUNKS * client["chunk_kinds"] for client in there)
-            return bool(status["store"]["pins"] == canaries)
-
-        wait_until(is_unpinned, what="the end of all pins")
+        wait_until(lambda: not pins_of_requests(self.status(index)), what="the end of all pins")
 
     def wait_listed(self, keys: list[BlockKey]) -> None:
         """Until the directory knows where each of these is."""
@@ -99,6 +93,17 @@ class Nodes:
             lambda: all(self.cluster.where(*keys)),
             what=f"the announcement of {len(keys)} blocks",
         )
+
+
+def canary_pins(status: dict[str, Any]) -> int:
+    """Of a NodeStore: what the engines that are there have pinned of their canaries."""
+    there = [client for client in status["clients"] if client["state"] == "open"]
+    return sum(CANARY_CHUNKS * client["chunk_kinds"] for client in there)
+
+
+def pins_of_requests(status: dict[str, Any]) -> int:
+    """And what is pinned beside them."""
+    return int(status["store"]["pins"]) - canary_pins(status)
 
 
 @contextmanager

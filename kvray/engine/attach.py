@@ -141,6 +141,7 @@ def kvray_name_weights(self: Any, version: str) -> None:
     """
     connector = _connector(self)
     connector.renew(f"named:{version}", tainted=connector.is_tainted())
+    connector.prove(self)
 
 
 def _connector(core: Any) -> Any:

@@ -210,8 +210,7 @@ class KVRayConnector(OffloadingConnector):
 
     @guarded(nothing)
     def _describe(self, request: Any) -> None:
-        own = self._proving is not None and self._proving.canary.is_own(request.request_id)
-        shareable = support.is_shareable(request) and not own
+        shareable = support.is_shareable(request) and not self._is_own(request)
         salt: bytes | None = b""
         if (adapter := versions.lora_identity(request)) is not None:
             salt = self._adapters.salt(*adapter)
@@ -221,6 +220,10 @@ class KVRayConnector(OffloadingConnector):
             shareable=shareable and salt is not None,
             adapter=None if adapter is None else adapter[0],
         )
+
+    def _is_own(self, request: Any) -> bool:
+        """Whether it is of the canary."""
+        return self._proving is not None and self._proving.canary.is_own(request.request_id)
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
@@ -238,6 +241,8 @@ class KVRayConnector(OffloadingConnector):
 
     @guarded(nothing)
     def _count(self, request: Any, external_tokens: int) -> None:
+        if self._is_own(request):
+            return  # no user's tokens
         self.lookups.admitted(
             request.request_id,
             prompt_tokens=request.num_prompt_tokens,

@@ -45,6 +45,7 @@ def install() -> None:
     _wrap_collective_rpc(EngineCore)
     _wrap_sleep(EngineCore)
     _wrap_wake_up(EngineCore)
+    steps.prove_after(EngineCore, "reset_prefix_cache")  # it may have renamed all blocks
     _wrap_add_lora(EngineCore)
     _wrap_reset(Scheduler)
     steps.install()

@@ -29,6 +29,11 @@ def install() -> None:
     _after(InprocClient, "__init__", lambda client: prove(client.engine_core))
 
 
+def prove_after(engine_core_class: Any, name: str) -> None:
+    """Wrap a method of EngineCore after which the engine may have to be proven anew."""
+    _after(engine_core_class, name, prove)
+
+
 def _before(cls: Any, name: str, action: Callable[[Any], None]) -> None:
     original = getattr(cls, name)
 

@@ -18,7 +18,7 @@ from tests.oracle import Oracle
 from tests.prompts import CHUNK_TOKENS, full_chunks, prompt_of
 from tests.ray_nodes import Nodes, running_nodes
 
-pytestmark = [pytest.mark.heavy, pytest.mark.engine]
+pytestmark = [pytest.mark.heavy]
 
 TOKENS = 700
 _layers = itertools.count()  # each test changes another layer: twice the same is no change

@@ -19,7 +19,7 @@ from tests.oracle import Oracle
 from tests.prompts import prompt_of
 from tests.ray_nodes import Nodes, running_nodes
 
-pytestmark = [pytest.mark.heavy, pytest.mark.engine]
+pytestmark = [pytest.mark.heavy]
 
 BLOCK_TOKENS = 32
 

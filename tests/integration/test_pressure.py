@@ -15,7 +15,7 @@ from tests.ray_nodes import Nodes, running_nodes
 
 pytestmark = [pytest.mark.heavy, pytest.mark.engine]
 
-SLAB_BYTES = 24 << 20  # twenty-odd chunks of 1 MiB
+SLAB_BYTES = 26 << 20  # twenty-odd chunks of 1 MiB, and a canary of two
 EXTENT_BYTES = 4 << 20
 
 
