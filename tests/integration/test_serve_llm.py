@@ -85,7 +85,11 @@ def test_replicas_share_and_give_back_what_they_had_when_they_go() -> None:
             before = answered[0]
             wait_until(lambda: answered[0] > before + 2, what="answers of the other replica")
         (gone,) = (n for n in (0, 1) if not nodes.status(n)["clients"])
-        assert not any(Path(f"/proc/{pid}").exists() for pid in pids[gone])
+        wait_until(
+            lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids[gone]),
+            what="the end of its processes",
+            limit_s=LEAVE_LIMIT_S,
+        )
         nodes.wait_unpinned(gone)
         store = nodes.status(gone)["store"]
         assert store["ready"] >= CHUNKS
