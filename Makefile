@@ -42,7 +42,7 @@ help:
 	@echo 'make demo          two nodes, two engines, one document (installs what it needs first)'
 	@echo 'make demo-serve    the same with two replicas of Ray Serve LLM, over HTTP'
 	@echo 'make demo-nginx    the same with two vllm serve behind nginx; ARGS=start stays until Ctrl-C'
-	@echo 'make test          unit, property, contract and integration tests, under half an hour'
+	@echo 'make test          unit, property, contract and integration tests, half an hour'
 	@echo 'make test-quick    of it the unit tests, and some seeds of the simulator: two minutes'
 	@echo 'make test-all      make test, and what is slower: before an issue is resolved'
 	@echo 'make test-cluster  ray up and down with ray_cluster.yaml on three hosts made of namespaces'

@@ -106,7 +106,7 @@ def _see(manager: Any, lora_request: Any, lora: Any) -> None:
         record.note(number, name, adapter_digest(lora))
     except Exception:
         record.firsts[name] = None
-        logger.exception("kvray: the adapter %s can not be digested; it goes without kvray", name)
+        logger.exception("kvray: the adapter %s cannot be digested; it goes without kvray", name)
 
 
 def adapter_digest(lora: Any) -> str:

@@ -54,7 +54,7 @@ class Adapters:
         """16 bytes for the keys of requests with this adapter; None if it has no safe name."""
         known = self._known.get(name)
         if known is not None and known.number != number:
-            # Two adapters of one name at once: the device can not tell their blocks apart.
+            # Two adapters of one name at once: the device cannot tell their blocks apart.
             self._mixed.add(name)
         if known is None or name in self._mixed:
             return None

@@ -5,7 +5,7 @@ computes before anybody loads a block of it.
      ▲                                              │                                  │
      ├──────────── given up, and tried again ───────┤                                  │
      └──────────── the weights change ──────────────┴──────────────────────────────────┘
-    REFUSED: this engine can not compute it, or not to its end; it runs uncached and says why
+    REFUSED: this engine cannot compute it, or not to its end; it runs uncached and says why
 
 Two engines of one kind that compute the canary bit for bit alike have one *maker*: what one of them
 has stored the other may load. Engines of different makers share only after their NodeStores have
@@ -161,14 +161,14 @@ class Canary:
     def _refusal(self, vllm_config: Any) -> str | None:
         model = vllm_config.model_config
         if model.runner_type != "generate" or model.is_encoder_decoder:
-            return "kvray can not compute its canary with a model that is no decoder of text"
+            return "kvray cannot compute its canary with a model that is no decoder of text"
         if model.max_model_len <= self._token_count:
             return (
                 f"its canary has {self._token_count} tokens, and max_model_len is "
                 f"{model.max_model_len}: set a larger one, or smaller chunk_tokens"
             )
         odd = sorted({group.dtype for group in self.groups} - set(FLOATS))
-        return f"kvray can not compare caches of {', '.join(odd)}" if odd else None
+        return f"kvray cannot compare caches of {', '.join(odd)}" if odd else None
 
     def _ask(self, engine_core: Any) -> None:
         canary = self._tokens(0)
@@ -263,7 +263,7 @@ class Canary:
         return (kind or 1) << 32 | low
 
     def _move(self, state: CanaryState, why: str) -> None:
-        assert state in _MOVES[self.state], f"{self.state} can not become {state}"
+        assert state in _MOVES[self.state], f"{self.state} cannot become {state}"
         self.state = state
         self.why = why
 

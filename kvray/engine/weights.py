@@ -33,7 +33,7 @@ NOT_SEEN = (
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """digest: of all that a rank has loaded; None where it can not be had, and why says why."""
+    """digest: of all that a rank has loaded; None where it cannot be had, and why says why."""
 
     digest: str | None
     why: str = ""
@@ -113,7 +113,7 @@ def measured_again(modules: Iterable[Any]) -> Weights:
         model.weights = Weights(None, str(exc))
         return model.weights
     except Exception as exc:
-        logger.exception("kvray: weights can not be digested")
+        logger.exception("kvray: weights cannot be digested")
         model.weights = Weights(None, f"{type(exc).__name__}: {exc}")
         return model.weights
     for layer in model.layers:
@@ -143,7 +143,7 @@ def _see(module: Any) -> _Model:
     except NotReadableError as exc:
         model.weights = Weights(None, str(exc))
     except Exception as exc:
-        logger.exception("kvray: weights can not be digested")
+        logger.exception("kvray: weights cannot be digested")
         model.weights = Weights(None, f"{type(exc).__name__}: {exc}")
     logger.info(
         "kvray: weights are %s, seen in %.3f s",
@@ -163,7 +163,7 @@ def _watch(model: _Model) -> None:
         try:
             quant_method.process_weights_after_loading = _watched(original)
         except AttributeError:  # it takes no attributes: what it packs anew is not seen
-            logger.info("kvray: %s can not be watched", type(quant_method).__name__)
+            logger.info("kvray: %s cannot be watched", type(quant_method).__name__)
 
 
 def _watched(original: Any) -> Any:
@@ -176,7 +176,7 @@ def _watched(original: Any) -> Any:
                 known.seen = dict(_tensors(layer))
                 known.is_fresh = True
             except Exception:
-                logger.exception("kvray: what was loaded into %s can not be digested", known.name)
+                logger.exception("kvray: what was loaded into %s cannot be digested", known.name)
         return original(layer, *args, **kwargs)
 
     process_weights_after_loading._kvray_wrapped = True  # type: ignore[attr-defined]  # noqa: SLF001
