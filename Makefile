@@ -141,11 +141,10 @@ test: system-test install
 # What needs no engine and no cluster. With test-rest it is make test, each test once.
 test-quick: system-nginx install
 	$(call pytest,$(VENV),$(QUICK_LIMIT_S)) tests/unit \
-	    -m 'not heavy and not slow and not ray_llm' $(ARGS)
+	    -m 'not slow and not ray_llm' $(ARGS)
 	$(VENV)/bin/python -m tests.sim --seeds $(QUICK_SEEDS)
 
 test-rest: system-test install
-	$(call pytest,$(VENV),$(QUICK_LIMIT_S)) tests/unit -m 'heavy and not slow and not ray_llm' $(ARGS)
 	$(call pytest,$(VENV),$(TEST_LIMIT_S)) --ignore=tests/unit -m 'not slow and not ray_llm' $(ARGS)
 
 test-slow: system-test system-cluster system-nginx install
