@@ -541,6 +541,18 @@ def change_a_weight_under_a_request(llm: Any, prompt: list[int]) -> dict[str, An
     raise TimeoutError(message)
 
 
+def leave_a_canary_beside_a_request(llm: Any, prompt: list[int]) -> int:
+    """The user gives up the request beside which a canary has begun. How many requests the
+    scheduler still has.
+    """
+    add_request(llm, "user", prompt)
+    llm.llm_engine.step()
+    change_one_weight(llm, 1)
+    llm.llm_engine.step()
+    llm.llm_engine.abort_request(["user"])
+    return int(_core(llm).scheduler.get_num_unfinished_requests())
+
+
 def pause(llm: Any) -> None:
     from vllm.v1.core.sched.interface import PauseState
 

@@ -119,6 +119,7 @@ def kvray_detach(self: Any, at_any_rate: bool = False) -> int:  # noqa: FBT001, 
         logger.warning("kvray: %d copies or loads are given up by a detach", left)
         connector.lose_jobs()
         versions.fail_loads(self)
+    connector.end_canary(self)
     connector.shutdown()
     scheduler.connector = None
     for name, value in before.items():

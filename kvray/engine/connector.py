@@ -162,6 +162,12 @@ class KVRayConnector(OffloadingConnector):
             self.lookups.slot_bytes = None
             logger.warning("kvray: this engine runs uncached: %s", why)
 
+    @guarded(nothing, also_off=True)
+    def end_canary(self, engine_core: Any) -> None:
+        """A connector leaves the engine: nobody would read a canary that is still computed."""
+        if self._proving is not None:
+            versions.end_own_requests(engine_core, self._proving.canary.is_own)
+
     @property
     def lookups(self) -> Lookups:
         manager = self.connector_scheduler.manager

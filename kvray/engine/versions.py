@@ -297,6 +297,11 @@ def has_others(engine_core: Any, is_own: Callable[[str], bool]) -> bool:
     return not all(map(is_own, engine_core.scheduler.requests))
 
 
+def end_own_requests(engine_core: Any, is_own: Callable[[str], bool]) -> None:
+    """Take kvray's own requests from the scheduler, as an abort by a front end does."""
+    engine_core.abort_requests(list(filter(is_own, engine_core.scheduler.requests)))
+
+
 def step(engine_core: Any) -> None:
     """One step, as vLLM's own loop takes it; for requests whose outputs nobody waits for."""
     _, model_executed = engine_core.step_fn()

@@ -78,6 +78,24 @@ def test_a_canary_beside_a_users_request_ends_and_so_does_the_request(engine: En
     assert found["state"] == "proven"
 
 
+def test_a_detach_takes_a_canary_along_that_has_not_ended(
+    nodes: Nodes, engine_factory: EngineFactory
+) -> None:
+    engine = engine_factory(
+        tiny(),
+        environment={"RAY_ADDRESS": nodes.ray_cluster.address},
+        max_num_batched_tokens=512,  # the user's prompt takes many steps
+    )
+    engine.call(in_engine.attach, nodes.settings(0))
+    left = engine.call(in_engine.leave_a_canary_beside_a_request, prompt_of(6_000, seed=4))
+    assert left  # the canary's own
+
+    engine.call(in_engine.detach)
+    engine.call(in_engine.attach, nodes.settings(0))
+
+    assert engine.call(in_engine.canary)["state"] == "proven"
+
+
 def test_a_paused_engine_computes_its_canary_when_it_goes_on(engine: Engine) -> None:
     engine.call(in_engine.pause)
     engine.call(in_engine.change_one_weight, 2)
