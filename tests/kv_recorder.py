@@ -179,6 +179,11 @@ def forget(_llm: Any, names: Sequence[str]) -> None:
         del _records[name]
 
 
+def computed(name: str) -> dict[_Place, list[BlockBytes]]:
+    """Each block that this request has computed itself."""
+    return _records[name].of(Origin.COMPUTED)
+
+
 def layers(llm: Any) -> list[tuple[str, float]]:
     """In the order in which they are computed: the name, and the relative step of its dtype."""
     import torch

@@ -101,7 +101,7 @@ def compare(
         mine, other = _payload(slab, pair.mine), _payload(slab, pair.other)
         errors = None
         if len(mine) == len(other) == pair.shape.slot_bytes:
-            errors = _errors(mine, other, pair.shape, asked.tolerance, is_closing)
+            errors = piece_errors(mine, other, pair.shape, asked.tolerance, is_closing)
         memory_barrier()
         if errors is None or not (_is_true(headers, pair.mine) and _is_true(headers, pair.other)):
             verdicts.append(Verdict.NONE)
@@ -112,16 +112,12 @@ def compare(
     return Compared(asked.comparison_id, tuple(verdicts), tuple(sorted(pieces)[:MAX_PIECES_NAMED]))
 
 
-def _payload(slab: Bytes, place: Place) -> Bytes:
-    return slab[place.offset : place.offset + place.bytes]
-
-
-def _errors(
+def piece_errors(
     mine: Bytes,
     other: Bytes,
     shape: ChunkShape,
     tolerance: Tolerance,
-    is_closing: Callable[[], bool],
+    is_closing: Callable[[], bool] = lambda: False,
 ) -> Errors | None:
     """Of each piece the norm of the difference over the norm of mine; where only the bytes count, 1
     for a piece that is not the same. None: closing.
@@ -137,6 +133,10 @@ def _errors(
         if not np.array_equal(one, two):
             errors[piece] = 1.0 if kind is None else _relative_error(one, two, *kind)
     return errors
+
+
+def _payload(slab: Bytes, place: Place) -> Bytes:
+    return slab[place.offset : place.offset + place.bytes]
 
 
 def _relative_error(
