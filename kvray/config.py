@@ -194,7 +194,8 @@ class Config:
     lock: of the slab in memory (mlock). "auto" warns where memlock does not allow it.
     replacement: which block goes when room is needed; "lru" is there to be compared with.
     audit_rate: of the blocks that engines store, how many may be computed once more, to be compared
-        with what another maker has stored; 0: none is compared after the canaries.
+        with what another maker has stored, and never more than half a percent of an engine's
+        prefill; 0: none is compared after the canaries.
     probation_fraction: of the slots of one size, for blocks fetched from peers; not with "lru".
     reused_fraction: of the slots of one size, for blocks that were used again; not with "lru".
     lookup_deadline_ms: what engines that kvray attaches get as their own.

@@ -360,6 +360,7 @@ class Engine:
         block_bytes: int = BLOCK_BYTES,
         op: OpId | None = None,
         key_compute_us: int = 0,
+        may_audit: bool = True,
     ) -> OpId:
         op = op or self._op()
         self.keys[op] = [k for run in runs for k in run]
@@ -372,6 +373,7 @@ class Engine:
             within_ms,
             fetch,
             key_compute_us,
+            may_audit,
         )
         self.say(message)
         return op

@@ -124,7 +124,8 @@ class Lookups:
         runs = runs_of(message)
         for run in runs:
             look.run(run)
-        if self._audits.is_due and (key := look.audit(runs)) is not None:
+        may_audit = message.may_audit and self._audits.is_due
+        if may_audit and (key := look.audit(runs)) is not None:
             self._audits.want(key)
         worth = self._weigh(message, runs, look, now_ms)
         self.counters["lookups"] += 1

@@ -205,6 +205,7 @@ class Lookup(msgspec.Struct, frozen=True, tag="lookup"):
     deadline_ms: int  # relative: from receipt until every key is HIT or MISS
     fetch: bool = True  # False: only what is here
     key_compute_us: int = 0  # in which the engine computes one block; 0: it has not measured yet
+    may_audit: bool = False  # one hit may be told as a miss; see core.audit
 
 
 class LookupReply(msgspec.Struct, frozen=True, tag="lookup_reply", omit_defaults=True):

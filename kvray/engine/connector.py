@@ -288,7 +288,13 @@ class KVRayConnector(OffloadingConnector):
                 scheduler.config.kv_group_configs, status.group_states, strict=True
             )
         ]
-        self.lookups.begin(request.request_id, runs, early=early)
+        # vLLM loads nothing that is shorter than a chunk: where the device's own hit ends inside
+        # one, a hit less could be two.
+        may_audit = all(
+            num_computed_tokens % group.tokens_per_chunk == 0
+            for group in scheduler.config.kv_group_configs
+        )
+        self.lookups.begin(request.request_id, runs, early=early, may_audit=may_audit)
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         meta = super().build_connector_meta(self._without_loading(scheduler_output))

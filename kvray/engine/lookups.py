@@ -41,10 +41,11 @@ from vllm.v1.kv_offload.base import (
 )
 
 from kvray.config import EngineConfig
+from kvray.core.audit import AuditBudget
 from kvray.core.ids import BlockKey, Namespace, SlabId
 from kvray.core.keys import block_keys
 from kvray.core.messages import Grant, KeyState
-from kvray.core.reasons import MissReason
+from kvray.core.reasons import COMPUTED, MissReason
 from kvray.core.speeds import PREFILL_TOKENS, PREFILL_US, STORED_BYTES, STORED_TOKENS
 from kvray.engine import metrics, versions
 from kvray.engine.guard import Switch, guarded, nothing
@@ -106,6 +107,7 @@ class Lookups(OffloadingManager):
         chunk_tokens = min(self._tokens_per_chunk.values(), default=1)
         self._chunk_tokens = chunk_tokens
         self._tokens = TokenCounts(self.counters, chunk_tokens=chunk_tokens)
+        self._audits = AuditBudget()
 
     def open(self, client: NodeClient, fields: Mapping[str, Any]) -> None:
         """The connector's part of the construction, since vLLM makes this object by itself.
@@ -147,10 +149,13 @@ class Lookups(OffloadingManager):
                 self._move(req_id, view, RequestEvent.BAR)
                 view.prompt.why = MissReason.BYPASSED
 
-    def begin(self, req_id: str, runs: Sequence[Run], *, early: bool = False) -> None:
+    def begin(
+        self, req_id: str, runs: Sequence[Run], *, early: bool = False, may_audit: bool = True
+    ) -> None:
         """Ask for all keys of a request at once; idempotent until its ticket ends. early: before
         the scheduler asks, while it has other work. Then a few at a time, since each holds what it
-        has found, and a question that finds no answer will be asked again.
+        has found, and a question that finds no answer will be asked again. may_audit: a hit less is
+        a chunk less, and no more.
         """
         view = self._requests.get(req_id)
         if view is None:
@@ -166,6 +171,7 @@ class Lookups(OffloadingManager):
             return
         offload_keys = [key for run in runs for key in run.keys]
         self.counters["lookups"] += 1
+        audit_tokens = self._lend_audit_tokens(runs) if may_audit else 0
         ticket = self._client.lookup(
             block_keys(self.namespace, offload_keys, view.salt),
             run_lengths=[len(run.keys) for run in runs],
@@ -173,13 +179,15 @@ class Lookups(OffloadingManager):
             run_slot_bytes=[self.slot_bytes[run.group] for run in runs],
             deadline_ms=self._config.lookup_deadline_ms,
             key_compute_us=self._key_compute_us(runs),
+            may_audit=audit_tokens > 0,
         )
         if ticket is None:
+            self._audits.settle(audit_tokens, is_audited=False)
             if not early and not self._holds.until_next_step(view, self._client):
                 self._give_up(view)
             return
         view.unasked_steps = 0
-        view.ticket = ticket
+        view.ticket, view.audit_tokens = ticket, audit_tokens
         view.move(RequestEvent.ASK_EARLY if early else RequestEvent.ASK)
         view.index = {key: i for i, key in enumerate(offload_keys)}
         view.asked_s = time.monotonic()
@@ -206,6 +214,15 @@ class Lookups(OffloadingManager):
             return 0
         tokens = min(self._tokens_per_chunk[run.group] for run in runs)
         return round(self.prefill_rate.us_per_token * tokens / len(runs))
+
+    def _lend_audit_tokens(self, runs: Sequence[Run]) -> int:
+        """What is computed more at the most if the last hit of a run is a miss: its chunk. In a
+        hybrid model the other groups may have nothing that ends where the hit then does.
+        """
+        cost_tokens = self._chunk_tokens
+        if len(self._tokens_per_chunk) > 1:
+            cost_tokens = max(len(run.keys) * self._tokens_per_chunk[run.group] for run in runs)
+        return self._audits.lend(cost_tokens, computed_tokens=self.counters[COMPUTED])
 
     @guarded(lambda *_: LookupResult.MISS)
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
@@ -489,7 +506,9 @@ class Lookups(OffloadingManager):
             self._holds.end(view)
             if view.ticket is not None:
                 self._client.unpin(view.ticket)
-                view.ticket = None
+                is_audited = MissReason.AUDITED in view.ticket.causes.values()
+                self._audits.settle(view.audit_tokens, is_audited=is_audited)
+                view.ticket, view.audit_tokens = None, 0
                 view.index = {}
             if self._with_ticket.get(req_id) is view:
                 del self._with_ticket[req_id]

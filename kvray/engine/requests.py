@@ -152,6 +152,7 @@ class RequestView:
     postponed_steps: int = 0  # since its last store
     postponed_chunks: int = 0  # offered, not stored, to be offered again
     unasked_steps: int = 0  # steps so far in which it could not be asked about
+    audit_tokens: int = 0  # lent to its ticket; see core.audit
     early_cause: MissReason | None = None  # what an early answer said that is given up by now
     prompt: Prompt = field(default_factory=Prompt)
 

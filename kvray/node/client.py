@@ -214,6 +214,7 @@ class NodeClient:
         deadline_ms: int,
         fetch: bool = True,
         key_compute_us: int = 0,
+        may_audit: bool = False,
     ) -> Ticket | None:
         """Ask for all keys of one request (see messages.Lookup). None: not asked, all misses;
         among other reasons, because an introduction has not been heard yet.
@@ -242,6 +243,8 @@ class NodeClient:
                 deadline_ms=deadline_ms,
                 fetch=fetch,
                 key_compute_us=min(key_compute_us, MAX_COMPUTE_US),
+                # A miss in an earlier page would be one for all that follows.
+                may_audit=may_audit and cut.stop == len(ticket.keys),
             )
             ticket.answered = False
             ticket.ops.append(op)

@@ -125,6 +125,7 @@ def lookups(draw: Any) -> Lookup:
         deadline_ms=draw(st.integers(0, MAX_DEADLINE_MS)),
         fetch=draw(st.booleans()),
         key_compute_us=draw(st.integers(0, MAX_COMPUTE_US)),
+        may_audit=draw(st.booleans()),
     )
 
 

@@ -84,6 +84,7 @@ class Request:
             deadline_ms,
             fetch=fetch,
             key_compute_us=compute_us,
+            may_audit=True,
         )
         if not self.engine.lookup(self, message):
             self.end()

@@ -39,8 +39,8 @@ def fetch(here: Engine) -> None:
     here.unpin(op)
 
 
-def look(engine: Engine, *keys: BlockKey) -> tuple[str, MissReason | None]:
-    op = engine.lookup(list(keys))
+def look(engine: Engine, *keys: BlockKey, may_audit: bool = True) -> tuple[str, MissReason | None]:
+    op = engine.lookup(list(keys), may_audit=may_audit)
     engine.node.cluster.settle()
     answer = engine.answer(op)
     cause = engine.cause(op) if "m" in answer else None
@@ -77,6 +77,12 @@ def test_one_chunk_fewer_is_told_and_what_is_computed_for_it_is_compared_and_dro
     assert place is not None
     assert place.maker == 1 << 32 | 1, "the block of the other is what stays"
     assert look(here, A, B, C, D) == ("hhhh", None)
+
+
+def test_an_engine_that_does_not_allow_it_is_told_its_hits() -> None:
+    _, here, _ = pair()
+    assert look(here, A, B, C, D, may_audit=False) == ("hhhh", None)
+    assert look(here, A, B, C, D) == ("hhhm", MissReason.AUDITED)
 
 
 def test_the_second_block_that_differs_is_an_alarm_and_the_first_is_none() -> None:

@@ -449,6 +449,7 @@ def test_a_chain_longer_than_a_message_is_asked_page_by_page(
         run_is_prefix=[True, True, False],
         run_slot_bytes=[PAGE, PAGE, 2 * PAGE],
         deadline_ms=1_000,
+        may_audit=True,
     )
     assert ticket is not None
     pages = node.all(Lookup)
@@ -457,6 +458,8 @@ def test_a_chain_longer_than_a_message_is_asked_page_by_page(
     assert [page.run_lengths for page in pages] == [[MAX_KEYS_PER_MESSAGE], [10, rest], [100]]
     assert [page.run_is_prefix for page in pages] == [[True], [True, False], [False]]
     assert [page.run_slot_bytes for page in pages] == [[PAGE], [PAGE, 2 * PAGE], [2 * PAGE]]
+    may_audit = [page.may_audit for page in pages]
+    assert may_audit == [False, False, True], "a miss would be one for all pages behind it"
     assert ticket.states.count(HIT) == count
     assert ticket.place(count - 1) == place_of(99)
     engine.client.unpin(ticket)
