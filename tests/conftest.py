@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import pytest
 
 from tests import leftovers
-from tests.engines import Engine, Mode, start_engine
+from tests.engines import Engine, Mode, assert_nothing_waits, start_engine
 
 EngineFactory: TypeAlias = Callable[..., Engine]
 
@@ -44,6 +44,9 @@ def _factory(folder: Path) -> Iterator[EngineFactory]:
 
     try:
         yield start
+        for engine in engines:
+            if engine.is_serving:
+                assert_nothing_waits(engine)
     finally:
         for engine in engines:
             engine.ask_to_end()
@@ -53,7 +56,8 @@ def _factory(folder: Path) -> Iterator[EngineFactory]:
 
 @pytest.fixture
 def engine_factory(tmp_path: Path) -> Iterator[EngineFactory]:
-    """start_engine without its folder; what it has started ends with the test.
+    """start_engine without its folder; what it has started ends with the test, and before it ends
+    no request of it waits any more, whatever the test was about.
 
     The engines start side by side: ask for all of them before the first request.
     """

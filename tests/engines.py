@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 READY_LIMIT_S = 180.0  # a multiprocess engine takes 20 s here, three times that beside other work
 REQUEST_LIMIT_S = 120.0  # 6000 tokens of the tiny model take 6 s cold on two cores
+WAITING_LIMIT_S = 60.0  # to see that no request waits; the engine itself takes 4 s at most
 CLOSE_LIMIT_S = 15.0  # vLLM ends its processes within 5 s
 KV_CACHE_BYTES = 128 << 20  # 128 blocks of the tiny model: 16,384 tokens
 MAX_MODEL_TOKENS = 8_192
@@ -56,14 +57,20 @@ class Answer:
 class Engine:
     """One engine of a test. Its methods block; several engines may be used from several threads."""
 
-    def __init__(self, group: ProcessGroup, channel: socket.socket) -> None:
+    def __init__(self, group: ProcessGroup, channel: socket.socket, mode: Mode) -> None:
         self.group = group
+        self.mode = mode
         self.startup_s = 0.0  # set by ready()
         self._channel = channel
         self._answers = channel.makefile("rb")
         self._is_ready = False
         self._may_serve = True
         self._call_count = 0
+
+    @property
+    def is_serving(self) -> bool:
+        """It is up, and has answered whatever it was asked."""
+        return self._is_ready and self._may_serve and bool(self.group.members())
 
     def ready(self) -> "Engine":
         """Waits until the engine is up. Every other method does so by itself."""
@@ -156,6 +163,7 @@ class Engine:
 
     def kill(self) -> None:
         """SIGKILL to all its processes at once."""
+        self._may_serve = False
         self.group.kill()
 
     def _ask(self, operation: str, *, limit_s: float = REQUEST_LIMIT_S, **fields: Any) -> Any:
@@ -176,10 +184,12 @@ class Engine:
         try:
             line = self._answers.readline()
         except TimeoutError as exc:
+            self._may_serve = False
             raise EngineError(self._story(f"did not answer within {limit_s:.0f} s")) from exc
         except ConnectionResetError:  # it was killed with a request unread
             line = b""
         if not line:
+            self._may_serve = False
             raise EngineError(self._story("has ended"))
         answer = json.loads(line)
         assert answer["id"] == call_id
@@ -194,10 +204,16 @@ class Engine:
 
 
 def assert_nothing_waits(engine: Engine) -> None:
-    """No request of this in-process engine is unfinished, and no device block is lost."""
+    """No request of it is unfinished, and no device block is lost."""
     from tests import in_engine
 
-    assert engine.call(in_engine.waiting) == {"requests": [], "device_blocks": 0}
+    look = {
+        Mode.IN_PROCESS: in_engine.waiting,
+        Mode.MULTIPROCESS: in_engine.waiting_elsewhere,
+        Mode.ASYNC: in_engine.waiting_elsewhere_async,
+    }
+    found = engine.call(look[engine.mode], limit_s=WAITING_LIMIT_S)
+    assert found == {"requests": [], "device_blocks": 0}, f"{engine.group.log}: {found}"
 
 
 def start_engine(
@@ -242,7 +258,7 @@ def start_engine(
             log=folder / f"engine-{number}.log",
             pass_fds=[theirs.fileno()],
         )
-    return Engine(group, ours)
+    return Engine(group, ours, mode)
 
 
 def engine_environment(mode: Mode, extra: Mapping[str, str]) -> dict[str, str]:

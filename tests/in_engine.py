@@ -4,6 +4,7 @@ For an engine in one process (Mode.IN_PROCESS) EngineCore and the worker are the
 can be planted at the seams: an Executor that fails, a header that changes.
 """
 
+import asyncio
 import ctypes
 import os
 import time
@@ -98,16 +99,41 @@ def load_adapter_again(llm: Any, name: str, number: str, folder: str) -> None:
 
 
 def waiting(llm: Any) -> dict[str, Any]:
-    """What a test leaves behind in an engine of this process, a few steps after its last request:
+    """What a test leaves behind in an engine of this process, some steps after its last request:
     requests that are not over, and device blocks that nobody holds. See assert_nothing_waits.
     """
-    core = llm.llm_engine.engine_core.engine_core
-    settle(llm)
+    core = _core(llm)
     pool = core.scheduler.kv_cache_manager.block_pool
-    return {
-        "requests": sorted(core.scheduler.requests),
-        "device_blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),  # the null block
-    }
+    found: dict[str, Any] = {}
+    for _ in range(MAX_SETTLE_ROUNDS):
+        core.step()
+        found = {
+            "requests": sorted(core.scheduler.requests),
+            "device_blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),  # null block
+        }
+        if not any(found.values()):
+            break
+        time.sleep(SETTLE_POLL_S)
+    return found
+
+
+def waiting_elsewhere(llm: Any) -> dict[str, Any]:
+    """The same where EngineCore is a process of its own: it says only whether any block is held, by
+    refusing to forget all of them.
+    """
+    for _ in range(MAX_SETTLE_ROUNDS):
+        if llm.reset_prefix_cache():
+            return {"requests": [], "device_blocks": 0}
+        time.sleep(SETTLE_POLL_S)
+    return {"requests": ["unknown"], "device_blocks": -1}
+
+
+async def waiting_elsewhere_async(llm: Any) -> dict[str, Any]:
+    for _ in range(MAX_SETTLE_ROUNDS):
+        if await llm.reset_prefix_cache():
+            return {"requests": [], "device_blocks": 0}
+        await asyncio.sleep(SETTLE_POLL_S)
+    return {"requests": ["unknown"], "device_blocks": -1}
 
 
 def fields(llm: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvray.core.canary import RankSaw
 from kvray.engine import versions
 from kvray.engine.jobs import SlotSpec
 from kvray.node.mapped import MappedSlab
@@ -26,16 +27,10 @@ FLOATS = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """digest: of the bytes of all chunks. distance: from what was kept, see RankCanary.take; None
-    where nothing was kept. layer_counts: for each cache group in how many pieces of equal size a
-    chunk is divided here. machine: what this rank computes with, as plain data.
-    """
+    """What a rank says of one round."""
 
     rank: int
-    digest: bytes
-    distance: float | None
-    layer_counts: tuple[int, ...]
-    machine: dict[str, Any]
+    saw: RankSaw
 
 
 class RankCanary:
@@ -66,7 +61,7 @@ class RankCanary:
         for group in fresh:
             for part in group:
                 digest.update(part.numpy())
-        distance = None
+        distance = 0.0
         if keep:
             self._kept = fresh
         elif self._kept:
@@ -81,7 +76,8 @@ class RankCanary:
                 default=0.0,
             )
         counts = tuple(len(layers) for layers in self._layers)
-        return RankReport(self._rank, digest.digest(), distance, counts, machine_facts())
+        saw = RankSaw(digest.digest(), distance, counts, machine_facts())
+        return RankReport(self._rank, saw)
 
     def write(self, slab: MappedSlab, spec: SlotSpec, chunks: Sequence[int]) -> bool:
         """Put this rank's part of these kept chunks into their slots. chunks: their numbers,

@@ -9,10 +9,10 @@ another slab, and under another name when the namespace or the maker is another 
 
 from typing import Any
 
-from kvray.core.ids import BlockKey, Maker, Namespace, SlabId
-from kvray.core.keys import canary_keys
+from kvray.core.canary import Proof
+from kvray.core.ids import BlockKey, Namespace, SlabId
+from kvray.core.keys import CANARY_CHUNKS, canary_keys
 from kvray.core.messages import ChunkShape, Grant, KeyState
-from kvray.engine.canary import CHUNKS, Proof
 from kvray.engine.canary_rank import rank_write
 from kvray.engine.jobs import SlotSpec
 from kvray.node.client import NodeClient, Reservation, Session, Ticket
@@ -77,9 +77,9 @@ class CanaryStore:
         keys = [
             key
             for group in range(len(shapes))
-            for key in canary_keys(namespace, Maker(proof.maker), group, CHUNKS)
+            for key in canary_keys(namespace, proof.maker, group, CANARY_CHUNKS)
         ]
-        runs = [CHUNKS] * len(shapes)
+        runs = [CANARY_CHUNKS] * len(shapes)
         sizes = [shape.slot_bytes for shape in shapes]
         reservation = self._client.reserve(keys, run_lengths=runs, run_slot_bytes=sizes)
         if reservation is None:
@@ -116,7 +116,7 @@ class CanaryStore:
             reservation.slab_id,
             [keys[i] for i in granted],
             [reservation.places[i] for i in granted],
-            [sizes[i // CHUNKS] for i in granted],
+            [sizes[i // CANARY_CHUNKS] for i in granted],
         )
         written = engine_core.model_executor.collective_rpc(rank_write, args=(spec, granted))
         end = self._client.commit if all(written) else self._client.abandon

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from kvray.core.canary import Proof
 from kvray.core.ids import UNKNOWN_MAKER, Maker, Namespace
 from kvray.core.messages import ChunkShape, NoiseLevels
 from kvray.engine import canary, versions
-from kvray.engine.canary import Canary, CanaryGroup, Proof
+from kvray.engine.canary import Canary, CanaryGroup
 from kvray.engine.canary_store import CanaryStore
 from kvray.engine.lookups import Lookups
 from kvray.node.client import NodeClient
@@ -57,13 +58,13 @@ class Proving:
     @property
     def why_not(self) -> str | None:
         """Why nothing of this engine will ever count; None where that is not so."""
-        is_refused = self.canary.state is canary.CanaryState.REFUSED
-        return f"it is not proven: {self.canary.why}" if is_refused else None
+        refusal = self.canary.refusal
+        return None if refusal is None else f"it is not proven: {refusal}"
 
     def introduce(self) -> None:
         """Say the namespace of now, and as which maker this engine is proven, if it is."""
         proof, shapes = self._proof()
-        maker = UNKNOWN_MAKER if proof is None else Maker(proof.maker)
+        maker = UNKNOWN_MAKER if proof is None else proof.maker
         self._introduced = (self._lookups.namespace, maker)
         self._client.introduce(
             self._lookups.namespace,

@@ -9,7 +9,7 @@ import pytest
 
 from tests import in_engine
 from tests.conftest import EngineFactory
-from tests.engines import Engine, assert_nothing_waits
+from tests.engines import Engine
 from tests.models import tiny
 from tests.prompts import full_chunks, prompt_of
 from tests.ray_nodes import Nodes, running_nodes
@@ -26,10 +26,8 @@ def nodes() -> Iterator[Nodes]:
 
 
 @pytest.fixture(scope="module")
-def engine(nodes: Nodes, shared_engine_factory: EngineFactory) -> Iterator[Engine]:
-    engine = shared_engine_factory(tiny(), kv_transfer_config=nodes.transfer(0)).ready()
-    yield engine
-    assert_nothing_waits(engine)
+def engine(nodes: Nodes, shared_engine_factory: EngineFactory) -> Engine:
+    return shared_engine_factory(tiny(), kv_transfer_config=nodes.transfer(0)).ready()
 
 
 def test_a_rank_whose_copy_failed_is_never_committed(nodes: Nodes, engine: Engine) -> None:
