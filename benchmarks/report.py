@@ -76,6 +76,7 @@ ENTRIES = (
         Entry(f"behind_nginx-{load}", "behind_nginx.py", ("--load", load))
         for load in ("prefix_repetition", "random", "timed_trace", "multi_turn")
     ),
+    Entry("audit", "engines/audit.py"),
     Entry("descriptors", "descriptors.py", is_short=True),
     Entry("gpu", "gpu.py", is_short=True),
 )

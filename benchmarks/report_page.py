@@ -29,6 +29,7 @@ TITLES = {
     "overhead": "What kvray costs where nothing is reused",
     "watching": "What watching costs, and how soon one sees",
     "behind_nginx": "Two vllm serve behind nginx",
+    "audit": "Trust what has been seen to be equal",
     "descriptors": "What describing a copy job costs",
     "gpu": "Copies between slab and GPU",
 }

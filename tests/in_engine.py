@@ -52,16 +52,26 @@ def detach(llm: Any) -> None:
 
 def stats(llm: Any) -> dict[str, Any]:
     """kvray_stats of the engine, however it got its connector."""
-    core = llm.llm_engine.engine_core
-    if hasattr(core, "call_utility"):
-        found: dict[str, Any] = core.call_utility("kvray_stats")
-    else:
-        from kvray.engine.attach import kvray_stats
-
-        found = kvray_stats(core.engine_core)
+    found = _stats_with_fields(llm)
     found.pop("fields")
     found["slot_bytes"] = {str(k): v for k, v in found["slot_bytes"].items()}
     return found
+
+
+def fields(llm: Any) -> dict[str, Any]:
+    """What the namespace is the digest of."""
+    found: dict[str, Any] = _stats_with_fields(llm)["fields"]
+    return found
+
+
+def _stats_with_fields(llm: Any) -> dict[str, Any]:
+    core = llm.llm_engine.engine_core
+    if hasattr(core, "call_utility"):
+        found: dict[str, Any] = core.call_utility("kvray_stats")
+        return found
+    from kvray.engine.attach import kvray_stats
+
+    return kvray_stats(core.engine_core)
 
 
 def settle(llm: Any) -> dict[str, Any]:
@@ -134,11 +144,6 @@ async def waiting_elsewhere_async(llm: Any) -> dict[str, Any]:
             return {"requests": [], "device_blocks": 0}
         await asyncio.sleep(SETTLE_POLL_S)
     return {"requests": ["unknown"], "device_blocks": -1}
-
-
-def fields(llm: Any) -> dict[str, Any]:
-    """What the namespace is the digest of."""
-    return dict(connector_of(llm).lookups.fields)
 
 
 def chunk_tokens(llm: Any) -> int:

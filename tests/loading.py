@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -74,15 +74,24 @@ def flipped(model: Path, name: str) -> Iterator[None]:
 
 def flip(model: Path, name: str) -> None:
     """The lowest bit of the element in the middle of a tensor."""
+    _change_middle(model, name, lambda element: bytes([element[0] ^ 1, element[1]]))
+
+
+def set_element(model: Path, name: str, element: bytes) -> None:
+    """The one in the middle of a tensor. element: two bytes of a bfloat16, the low one first."""
+    _change_middle(model, name, lambda _: element)
+
+
+def _change_middle(model: Path, name: str, change: Callable[[bytes], bytes]) -> None:
     path = model / "model.safetensors"
     header, start = _header(path)
     begin, end = header[name]["data_offsets"]
     place = start + begin + (end - begin) // 4 * 2
     with path.open("r+b") as file:
         file.seek(place)
-        byte = file.read(1)
+        element = file.read(2)
         file.seek(place)
-        file.write(bytes([byte[0] ^ 1]))
+        file.write(change(element))
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:

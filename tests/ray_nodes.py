@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -137,3 +137,16 @@ def running_nodes(
     finally:
         ray.shutdown()
         ray_cluster.shutdown()
+
+
+@contextmanager
+def another_cluster(nodes: Nodes, *, name: str, **settings: Any) -> Iterator[Nodes]:
+    """kvray once more on the same nodes, with a NodeStore of its own on each: engines of the one
+    know nothing of those of the other. settings: of kvray.Config.
+    """
+    cluster = kvray.start(kvray.Config(cluster_name=name, **settings))
+    try:
+        cluster.wait_ready(len(nodes.node_ids), deadline_s=READY_LIMIT_S)
+        yield replace(nodes, cluster=cluster)
+    finally:
+        cluster.stop()

@@ -38,6 +38,16 @@ KEYS = {
     "behind_nginx": {"modes", "ttft_gain", "request_rate_per_s", "throughput_ratios"},
     "watching": {"status_ms", "lookup_us", "watched_over_unwatched"},
     "descriptors": {"jobs"},
+    "engines/audit": {
+        "requests",
+        "hit_tokens",
+        "trusted_after_s",
+        "audited_chunks",
+        "mismatch_before_first_load",
+        "wrong_answers",
+        "ttft_ratio",
+        "extra_prefill_share",
+    },
     "gpu": {"bars", "not_run", "pair, ms"},
     "lookup": {
         "lookup_us",
@@ -76,7 +86,7 @@ def smoke(name: str) -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert result["benchmark"] == name
+    assert result["benchmark"] == Path(name).name
     assert result["n"] >= 1
     assert result["machine"]["cores"] >= 1
     return result

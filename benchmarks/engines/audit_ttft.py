@@ -1,0 +1,122 @@
+"""What the audit costs: hits of an engine whose node audits, beside one whose node does not.
+
+    nodes   A ──stores──▶ node 0 ──fetched──▶ node 1 ──hits──▶ B     audits at the default rate
+    off     the same once more, in the same minute: each question is put to both in turn
+
+B has other batch limits than A, so it is another maker: it has to come to trust A by itself, and
+what it stores of its own earns the credit for audits of A's blocks. What is asked for again is in
+B's own node: a hit as quick as any, on which a cost shows most.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.engine_world import Instance, Mode
+from benchmarks.engines.audit_world import (
+    Scene,
+    Trust,
+    ask_all,
+    counters_of,
+    ending,
+    loaded_tokens,
+    wait_verdict,
+    wrong,
+)
+from kvray.core.reasons import COMPUTED, MISS_PREFIX, MissReason
+from tests.engines import Answer, Engine
+from tests.prompts import CHUNK_TOKENS, full_chunks
+from tests.ray_nodes import Nodes
+
+OTHER_BATCH_TOKENS = 2_048  # of a step; an engine with other limits is another maker
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """trusted_after_s: from B's ready() to the verdict on A; None if they are not seen as equal.
+    ttft_ms: medians of hits. extra_prefill_share: of all that B has computed, what was told as a
+    miss for an audit.
+    """
+
+    trusted_after_s: float | None
+    ttft_ms: dict[str, float]
+    audited_chunks: int
+    extra_prefill_share: float
+    loaded_tokens: int
+    requests: int
+    wrong_answers: int
+
+    @property
+    def ttft_ratio(self) -> float:
+        return self.ttft_ms["on"] / self.ttft_ms["off"]
+
+
+@dataclass
+class _Side:
+    """One B, and what was measured on it."""
+
+    b: Instance
+    ttft_ms: list[float] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    audits: int = 0
+
+    def ask(self, document: list[int]) -> None:
+        """The device has forgotten the document. One that is audited is no whole hit."""
+        self.b.finish_stores()
+        self.b.forget_device()
+        answer = self.b.ask(document)
+        missing = full_chunks(len(document)) - answer.cached_tokens
+        assert missing in (0, CHUNK_TOKENS), f"not a hit: {answer.cached_tokens} tokens"
+        self.audits += missing > 0
+        self.ttft_ms.append(answer.ttft_ms)
+        self.answers.append(answer)
+
+
+def measure_cost(
+    stage: Scene,
+    documents: Sequence[list[int]],
+    controls: Sequence[Answer],
+    filler: Sequence[list[int]],
+    *,
+    rounds: int,
+) -> Cost:
+    """A has stored the documents on node 0 of both. rounds: questions of either B."""
+    before = Trust.of(stage.nodes)
+    with ending(b := _start(stage, stage.nodes)):
+        begun_s = time.monotonic()
+        seen = wait_verdict(stage.nodes, before)
+        trusted_s = time.monotonic() - begun_s
+        without = Trust.of(stage.off)
+        with ending(b_off := _start(stage, stage.off)):
+            wait_verdict(stage.off, without)
+            pairs = ((b, stage.nodes, [b_off]), (b_off, stage.off, [b]))
+            on, off = sides = [_Side(Instance(Mode.P2P, 1, *pair)) for pair in pairs]
+            first = [ask_all(side.b.engine, documents) for side in sides]
+            for number in range(rounds):
+                for prompt in filler[number::rounds]:
+                    for side in sides:
+                        side.b.ask(prompt)
+                for side in sides if number % 2 else reversed(sides):
+                    side.ask(documents[number % len(documents)])
+            assert not off.audits, "a cluster without audits has made one"
+        counters = counters_of(b)
+        audits = Trust.of(stage.nodes).audited_chunks - before.audited_chunks
+    asked = [controls[number % len(documents)] for number in range(rounds)]
+    return Cost(
+        trusted_after_s=round(trusted_s, 3) if seen.equal > before.equal else None,
+        ttft_ms={
+            name: round(statistics.median(side.ttft_ms), 2)
+            for name, side in (("on", on), ("off", off))
+        },
+        audited_chunks=audits,
+        extra_prefill_share=counters.get(MISS_PREFIX + MissReason.AUDITED, 0) / counters[COMPUTED],
+        loaded_tokens=loaded_tokens(counters),
+        requests=2 * (len(documents) + len(filler) + rounds),
+        wrong_answers=sum(wrong(answers, controls) for answers in first)
+        + sum(wrong(side.answers, asked) for side in sides),
+    )
+
+
+def _start(stage: Scene, nodes: Nodes) -> Engine:
+    return stage.start(nodes, 1, max_num_batched_tokens=OTHER_BATCH_TOKENS)
