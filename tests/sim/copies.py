@@ -54,7 +54,7 @@ class Worker:
         self.client = client
         self.slow_until_us = 0
         self._world = world
-        self._stores: set[_Store] = set()
+        self._stores: list[_Store] = []
         self.is_dead = False
 
     @classmethod
@@ -68,6 +68,10 @@ class Worker:
     def is_busy(self) -> bool:
         return bool(self._stores)
 
+    def storing(self) -> list[BlockKey]:
+        """The blocks of the first store that has not ended."""
+        return [block.key for block in self._stores[0].blocks] if self._stores else []
+
     def store(
         self, slab_id: SlabId, blocks: list[Block], done: Done, *, is_slow: bool = False
     ) -> None:
@@ -76,7 +80,7 @@ class Worker:
         if slab is None:
             self._world.schedule.after(50, partial(done, ok=False))
             return
-        self._stores.add(_Store(self, slab, blocks, done, is_slow=is_slow))
+        self._stores.append(_Store(self, slab, blocks, done, is_slow=is_slow))
 
     def load(self, slab_id: SlabId, blocks: list[Block], done: Done, *, until_us: int) -> None:
         """done(ok): whether all of it is what was asked for, which is held to the bytes here.
@@ -107,7 +111,7 @@ class Worker:
         self._stores.clear()
 
     def store_ended(self, store: "_Store") -> None:
-        self._stores.discard(store)
+        self._stores.remove(store)
         store.end()
 
     @property
@@ -126,7 +130,7 @@ class _Store:
         is_slow: bool,
     ) -> None:
         self._worker = worker
-        self._blocks = blocks
+        self.blocks = blocks
         self._done = done
         self._writings = [
             Writing(slab, block.place[0], block.place[1], block.place[2], block.bytes)
@@ -147,7 +151,7 @@ class _Store:
             return
         for _ in range(min(self._pieces_a_step, len(self._steps))):
             n, piece = self._steps.pop()
-            block = self._blocks[n]
+            block = self.blocks[n]
             piece_bytes = block.bytes // PIECES
             self._writings[n].put(
                 piece, content_of(block.key, piece_bytes, self._worker.client.maker)

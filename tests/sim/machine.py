@@ -6,7 +6,7 @@ down ──start──▶ NodeProcess (serves, frozen) ──crash──▶ down
 from random import Random
 from typing import TYPE_CHECKING
 
-from kvray.core.ids import NodeId
+from kvray.core.ids import BlockKey, NodeId
 from tests.sim.clocks import Clock
 from tests.sim.process import NodeProcess
 from tests.sim.slabs import WatchedSlab
@@ -56,6 +56,11 @@ class Machine:
             down_us = world.random.choice((50_000, 300_000, 1_500_000, 4_000_000))
         world.schedule.after(down_us, self.start)
         world.directory.ray_notices(self.node_id, down_us)
+
+    def being_stored(self) -> list[BlockKey]:
+        """What an engine of this host is writing just now, if any does."""
+        workers = [engine.worker for engine in self.world.engines if engine.machine is self]
+        return next((keys for worker in workers if (keys := worker.storing())), [])
 
     @property
     def now_ms(self) -> int:

@@ -74,6 +74,8 @@ class Request:
         is_over = self.engine.is_stopping
         compute_us = 0 if is_over else COMPUTE_US[self._op % len(COMPUTE_US)]
         self._has_other_sizes = world.hits("other_size", self.engine.name)
+        if self._has_other_sizes:  # of what is just coming, too: it is a miss when it has come
+            self.keys = self.engine.machine.being_stored() or self.keys
         runs = _runs(self.keys)
         message = Lookup(
             self._op,
