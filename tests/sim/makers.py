@@ -28,6 +28,7 @@ CANARY_PERIOD_US = 3_000_000
 AUDIT_RATE: Final = 0.2  # 40 times as often as there may be
 SETTLED_US = 15_000_000  # > the longest rest without a verdict, and a fetch
 
+_FLIPPED: Final = bytes(range(0xFF, -1, -1))  # every bit of each byte
 _CANARIES: Final = {m: canary_keys(NAMESPACE, m, 0) for m in (FIRST, SECOND, WRONG)}
 _CHUNK_OF: Final = {key: n for keys in _CANARIES.values() for n, key in enumerate(keys)}
 _AUDITED: Final[dict[BlockKey, BlockKey]] = {}  # by the audit's key, the block's
@@ -67,7 +68,7 @@ def content_of(block: BlockKey, block_bytes: int, maker: int) -> bytes:
     chunk = _CHUNK_OF.get(block)
     same = block if chunk is None else BlockKey(bytes([chunk]) * 16)
     content = stamp(same, block_bytes)
-    return content if maker != WRONG else bytes(byte ^ 0xFF for byte in content)
+    return content if maker != WRONG else content.translate(_FLIPPED)
 
 
 class Seen:
