@@ -9,9 +9,12 @@ what the step before it has computed is there, and nothing is written meanwhile.
 
 import ctypes
 import math
+import os
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kvray.core.canary import RankSaw
@@ -23,6 +26,8 @@ Chunks = Sequence[Sequence[Sequence[int]]]  # by cache group and chunk the ids o
 
 # What a chunk of the canary is compared in. Another kind of cache is refused by support.
 FLOATS = ("bfloat16", "float16", "float32")
+# By which an operator has libraries do without instructions that a host has.
+KERNEL_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,18 +105,41 @@ class RankCanary:
 
 
 def machine_facts() -> dict[str, Any]:
-    """What of this process decides how its numbers are rounded, as far as it is known."""
+    """What of this process decides how its numbers are rounded, as far as it is known. Too much of
+    it only makes like engines allow each other some noise; too little has engines that round
+    otherwise held to the bit, and told apart for it.
+    """
     import torch
 
     return {
         "vllm": versions.installed_version(),
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": _cpu_name(),
         "isa": torch.backends.cpu.get_cpu_capability(),
+        # vLLM and oneDNN have kernels of their own for a host with bf16 instructions, or with AMX.
+        "instructions": [
+            name
+            for name in sorted(vars(torch.cpu))
+            if name.startswith("_is_") and getattr(torch.cpu, name)()
+        ],
+        "limits": {name: os.environ[name] for name in KERNEL_LIMITS if name in os.environ},
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda,
     }
+
+
+def _cpu_name() -> str:
+    """Libraries choose their kernels by who has made a CPU, too. A hypervisor's name for it says
+    less than its family and model.
+    """
+    said: dict[str, str] = {}
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            said.setdefault(name.strip(), value.strip())
+    known = [said[name] for name in ("model name", "cpu family", "model") if name in said]
+    return ", ".join(known) or platform.processor() or platform.machine()
 
 
 def _part(layers: Sequence[tuple[Any, int]], blocks: Sequence[int]) -> Any:
