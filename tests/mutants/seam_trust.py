@@ -6,6 +6,7 @@ from tests.mutants.mutant import Mutant, simulated, tested
 
 _TRUST: Final = "tests/unit/test_trust.py"
 _AUDIT: Final = "tests/unit/test_audit.py"
+_BUDGET: Final = "tests/property/test_audit_budget.py"
 _COMPARING: Final = "tests/unit/test_comparing.py"
 
 SEAM_TRUST: tuple[Mutant, ...] = (
@@ -216,6 +217,29 @@ SEAM_TRUST: tuple[Mutant, ...] = (
             ),
         ),
         tested(_AUDIT),
+    ),
+    Mutant(
+        "seam: an engine allows audits whatever they have cost",
+        "kvray.core.audit",
+        (("after_tokens > MAX_PREFILL_SHARE * computed_tokens", "cost_tokens < 0"),),
+        tested(_BUDGET),
+    ),
+    Mutant(
+        "seam: two look-ups side by side are lent the same tokens for an audit",
+        "kvray.core.audit",
+        (
+            (
+                "self.spent_tokens + self._lent_tokens + cost_tokens",
+                "self.spent_tokens + cost_tokens",
+            ),
+        ),
+        tested(_BUDGET),
+    ),
+    Mutant(
+        "seam: each page of a long chain may end in an audit",
+        "kvray.node.client",
+        (("may_audit=may_audit and cut.stop == len(ticket.keys)", "may_audit=may_audit"),),
+        tested("tests/unit/test_node_client.py"),
     ),
     Mutant(
         "seam: the slots of audits that were given up are counted for ever",
