@@ -87,6 +87,12 @@ class Nodes:
 
         wait_until(lambda: not pins_of_requests(self.status(index)), what="the end of all pins")
 
+    def trusts(self, index: int, mine: int, other: int) -> bool:
+        """Whether what maker `other` has stored counts for engines of `mine` on node `index`."""
+        pairs = self.status(index)["trust"]["pairs"]
+        wanted = (f"{mine:016x}", f"{other:016x}", "equal")
+        return mine == other or wanted in {(p["mine"], p["other"], p["state"]) for p in pairs}
+
     def wait_listed(self, keys: list[BlockKey]) -> None:
         """Until the directory knows where each of these is."""
         wait_until(
