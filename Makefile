@@ -53,7 +53,7 @@ help:
 	@echo 'make test-ray-llm  the engine tests with the pair of ray[llm], and Ray Serve LLM'
 	@echo 'make test-ray-llm-slow   what of Ray Serve LLM is slower'
 	@echo 'make sim           2,000 seeds of the cluster simulator, about a quarter of an hour'
-	@echo 'make mutants       bugs planted in the cores one at a time: each must be caught'
+	@echo 'make mutants       bugs planted one at a time: each must be caught'
 	@echo 'make faults        real faults under load, about twenty minutes'
 	@echo 'make bench         all benchmarks, and the page of them: over two hours on a quiet machine'
 	@echo 'make pictures      docs/pictures, as the page looks in a browser'

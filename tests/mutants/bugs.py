@@ -1,6 +1,6 @@
 """All bugs, gathered from the files that list them by what they break."""
 
-from tests.mutants import directory, eviction, reads, review, seam, seam_trust, slots
+from tests.mutants import directory, eviction, reads, review, seam, seam_proof, seam_trust, slots
 from tests.mutants.mutant import Mutant
 
 BUGS: tuple[Mutant, ...] = (
@@ -11,4 +11,5 @@ BUGS: tuple[Mutant, ...] = (
     *review.BUGS,
     *seam.BUGS,
     *seam_trust.SEAM_TRUST,
+    *seam_proof.SEAM_PROOF,
 )

@@ -78,7 +78,8 @@ def test_the_noise_of_the_worst_rank_counts(rounds: CanaryRounds) -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        pytest.param([saw(b"other"), saw()], id="the bytes of a rank"),
+        pytest.param([saw(b"other"), saw()], id="the bytes of the first rank"),
+        pytest.param([saw(), saw(b"other")], id="the bytes of another rank"),
         pytest.param([saw()], id="how many ranks there are"),
         pytest.param([saw(), RankSaw(b"same", 0.0, (4,), {"isa": "AMX"})], id="its machine"),
     ],
@@ -117,12 +118,14 @@ def test_what_an_older_round_still_computes_counts_no_more(rounds: CanaryRounds)
     rounds.weights_change()
     rounds.begin("canary", [])
 
-    rounds.request_ended("old", BLOCKS, is_whole=True)
+    rounds.request_ended("old", ([3, 4],), is_whole=True)
 
     assert not rounds.is_readable
+    rounds.request_ended("canary", BLOCKS, is_whole=True)
+    assert rounds.take_blocks() == (BLOCKS, [BLOCKS])
 
 
-@pytest.mark.parametrize("rounds_before", range(3))
+@pytest.mark.parametrize("rounds_before", range(4))
 def test_new_weights_begin_with_the_first_round(rounds: CanaryRounds, rounds_before: int) -> None:
     for distance in itertools.islice((0.0, 0.01, 0.0), rounds_before):
         compute(rounds, saw(b"old", distance))
