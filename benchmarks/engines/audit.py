@@ -26,7 +26,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bars import Bar, at_least, at_most
-from benchmarks.engines.audit_cases import Like, Other, meet_its_like, meet_others
+from benchmarks.engines.audit_cases import (
+    ITS_OWN,
+    OF_A,
+    Like,
+    Other,
+    meet_its_like,
+    meet_others,
+)
 from benchmarks.engines.audit_ttft import Cost, measure_cost
 from benchmarks.engines.audit_world import (
     TOKENS,
@@ -66,8 +73,12 @@ def measure(*, documents: int, filler: int, questions: int, is_smoke: bool) -> d
                     nodes.wait_listed(nodes.keys(0))
                 status.update("B is like A")
                 like = meet_its_like(stage, a, prompts, controls)
+                console.print(like)
                 status.update("B has other batch limits: hits with audits, and without")
-                cost = measure_cost(stage, prompts, controls, others, rounds=questions)
+                cost = measure_cost(
+                    stage, prompts, controls, others, a=a, twin=twin, rounds=questions
+                )
+                console.print(cost)
             # Last: what they store takes the names on their node, and is nothing to the others.
             status.update("B packs blocks otherwise; B has another weight")
             rows = meet_others(stage, a, prompts, controls)
@@ -94,10 +105,8 @@ def _figures(like: Like, cost: Cost, rows: Sequence[Other]) -> dict[str, Any]:
         "ttft_ratio": round(cost.ttft_ratio, 4),
         "audited_chunks": cost.audited_chunks,
         "extra_prefill_share": round(cost.extra_prefill_share, 5),
-        "mismatch_before_first_load": all(row.is_kept_apart for row in rows if row.names == "A's"),
-        "never_met_under_own_names": all(
-            row.is_kept_apart for row in rows if row.names == "its own"
-        ),
+        "mismatch_before_first_load": all(row.is_kept_apart for row in rows if row.names == OF_A),
+        "never_met_under_own_names": all(row.is_kept_apart for row in rows if row.names == ITS_OWN),
         "loaded_of_others": sum(row.loaded_tokens for row in rows),
     }
 

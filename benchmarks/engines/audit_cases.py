@@ -11,18 +11,20 @@ nobody had thought of what they differ in: then nothing of A may be loaded.
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from benchmarks.engines.audit_world import (
+    DIFFERENT,
+    EQUAL,
     VERDICT_LIMIT_S,
     Scene,
-    Trust,
     ask_all,
     counters_of,
     ending,
+    is_same_maker,
     loaded_tokens,
+    verdict,
     wait_verdict,
     wrong,
 )
@@ -35,6 +37,8 @@ from tests.named_alike import FACTS, VARIABLE
 from tests.ray_nodes import wait_until
 
 CHANGED = "model.layers.0.self_attn.k_proj.weight"
+PACKING, WEIGHT = "another packing", "another weight"
+ITS_OWN, OF_A = "its own", "A's"
 EIGHT = b"\x00\x41"  # 8.0; the others are about 0.02
 
 
@@ -55,14 +59,13 @@ class Like:
 
 @dataclass(frozen=True, slots=True)
 class Other:
-    """One engine that computes something else. names: "its own" or "A's". verdicts: the canaries
-    that its node has compared meanwhile.
+    """One engine that computes something else. names: ITS_OWN or OF_A. verdict: of its node on
+    A; None if the two have not even met.
     """
 
     case: str
     names: str
-    verdicts: int
-    different: int
+    verdict: str | None
     loaded_before_verdict: int
     loaded_tokens: int
     wrong_answers: int
@@ -70,9 +73,8 @@ class Other:
     @property
     def is_kept_apart(self) -> bool:
         """Found before a load where the names are equal, never met where they are not."""
-        if self.loaded_tokens or self.loaded_before_verdict:
-            return False
-        return self.different > 0 if self.names == "A's" else self.verdicts == 0
+        expected = DIFFERENT if self.names == OF_A else None
+        return self.verdict == expected and not (self.loaded_tokens or self.loaded_before_verdict)
 
     def to_row(self) -> dict[str, object]:
         return asdict(self)
@@ -81,25 +83,20 @@ class Other:
 def meet_its_like(
     stage: Scene, a: Engine, documents: Sequence[list[int]], controls: Sequence[Answer]
 ) -> Like:
-    maker = a.call(in_engine.canary)["maker"]
-    before = Trust.of(stage.nodes)
     with ending(b := stage.start(stage.nodes, 1)):
         begun_s = time.monotonic()
-
-        def trusts() -> bool:
-            found = b.call(in_engine.canary)
-            if found["state"] != "proven":
-                return False
-            return found["maker"] == maker or Trust.of(stage.nodes).equal > before.equal
-
-        wait_until(trusts, what="trust in its like", limit_s=VERDICT_LIMIT_S)
+        wait_until(
+            lambda: is_same_maker(b, a) or verdict(stage.nodes, b, a) == EQUAL,
+            what="trust in its like",
+            limit_s=VERDICT_LIMIT_S,
+        )
         trusted_s = time.monotonic() - begun_s
         answers = ask_all(b, documents[:1])
         missed = tokens_by_reason([counters_of(b)])
         missed.pop(MissReason.TAIL, None)
         answers += ask_all(b, documents[1:])
         return Like(
-            is_same_maker=b.call(in_engine.canary)["maker"] == maker,
+            is_same_maker=is_same_maker(b, a),
             trusted_after_s=round(trusted_s, 3),
             first_cached_tokens=answers[0].cached_tokens,
             first_missed=missed,
@@ -118,67 +115,46 @@ def meet_others(
     set_element(changed, CHANGED, EIGHT)
     packing = {"worker_extension_cls": "tests.other_packing.OtherPacking"}
     weight = {"worker_extension_cls": "tests.named_alike.NamedAlike", "model": changed}
-
-    before = Trust.of(stage.nodes)
     one, two = (stage.start(stage.nodes, 1, **kind) for kind in (packing, weight))
     with ending(one, two):
-        found = [ask_all(engine, documents) for engine in (one, two)]
-        loaded = [loaded_tokens(counters_of(engine)) for engine in (one, two)]
-        names = {engine.call(in_engine.stats)["namespace"] for engine in (a, one, two)}
-    assert len(names) == 1 + len(found), "an engine that differs has a name of its own"
-    assert wrong(found[1], controls), "this weight changes no answer: nothing would be seen"
-    seen = Trust.of(stage.nodes)
-    own = [
-        Other(
-            case,
-            "its own",
-            verdicts=seen.verdicts - before.verdicts,
-            different=seen.different - before.different,
-            loaded_before_verdict=0,
-            loaded_tokens=tokens,
-            wrong_answers=wrong(answers, expected),
-        )
-        for case, tokens, answers, expected in zip(
-            ("another packing", "another weight"), loaded, found, (controls, found[1]), strict=True
-        )
-    ]
+        others, own = (ask_all(engine, documents) for engine in (one, two))
+        assert wrong(own, controls), "this weight changes no answer: nothing would be seen"
+        rows = [
+            _row(stage, a, b, case, ITS_OWN, loaded_first=0, wrong_answers=count)
+            for b, case, count in ((one, PACKING, wrong(others, controls)), (two, WEIGHT, 0))
+        ]
     facts = a.call(in_engine.fields)
     told = {"environment": {VARIABLE: json.dumps({name: facts[name] for name in FACTS})}}
-    return [
-        *own,
-        _meet_under_its_names(
-            stage, a, documents, controls, case="another packing", arguments=packing | told
-        ),
-        _meet_under_its_names(
-            stage, a, documents, found[1], case="another weight", arguments=weight | told
-        ),
-    ]
+    for case, kind, expected in ((PACKING, packing, controls), (WEIGHT, weight, own)):
+        with ending(b := stage.start(stage.nodes, 1, **kind, **told)):
+            # The first question comes as soon as it is up, whatever has been compared by then.
+            answers = ask_all(b, documents[:1])
+            wait_verdict(stage.nodes, b, a)
+            first = loaded_tokens(counters_of(b))
+            answers += ask_all(b, documents[1:])
+            count = wrong(answers, expected)
+            rows.append(_row(stage, a, b, case, OF_A, loaded_first=first, wrong_answers=count))
+    return rows
 
 
-def _meet_under_its_names(
+def _row(
     stage: Scene,
     a: Engine,
-    documents: Sequence[list[int]],
-    controls: Sequence[Answer],
-    *,
+    b: Engine,
     case: str,
-    arguments: Mapping[str, Any],
+    names: str,
+    *,
+    loaded_first: int,
+    wrong_answers: int,
 ) -> Other:
-    """The first question comes as soon as it is up, whatever has been compared by then."""
-    before = Trust.of(stage.nodes)
-    with ending(b := stage.start(stage.nodes, 1, **arguments)):
-        answers = ask_all(b, documents[:1])
-        seen = wait_verdict(stage.nodes, before)
-        first = loaded_tokens(counters_of(b))
-        answers += ask_all(b, documents[1:])
-        names = {engine.call(in_engine.stats)["namespace"] for engine in (a, b)}
-        assert len(names) == 1, "they have the same names, as they were told to"
-        return Other(
-            case,
-            "A's",
-            verdicts=seen.verdicts - before.verdicts,
-            different=seen.different - before.different,
-            loaded_before_verdict=first,
-            loaded_tokens=loaded_tokens(counters_of(b)),
-            wrong_answers=wrong(answers, controls),
-        )
+    """All has been asked."""
+    spaces = [engine.call(in_engine.stats)["namespace"] for engine in (a, b)]
+    assert (spaces[0] == spaces[1]) == (names == OF_A), "the names are not those of this case"
+    return Other(
+        case,
+        names,
+        verdict=verdict(stage.nodes, b, a),
+        loaded_before_verdict=loaded_first,
+        loaded_tokens=loaded_tokens(counters_of(b)),
+        wrong_answers=wrong_answers,
+    )

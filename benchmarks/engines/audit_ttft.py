@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 
 from benchmarks.engine_world import Instance, Mode
 from benchmarks.engines.audit_world import (
+    EQUAL,
     Scene,
-    Trust,
     ask_all,
+    audited_chunks,
     counters_of,
     ending,
     loaded_tokens,
@@ -27,7 +28,6 @@ from benchmarks.engines.audit_world import (
 from kvray.core.reasons import COMPUTED, MISS_PREFIX, MissReason
 from tests.engines import Answer, Engine
 from tests.prompts import CHUNK_TOKENS, full_chunks
-from tests.ray_nodes import Nodes
 
 OTHER_BATCH_TOKENS = 2_048  # of a step; an engine with other limits is another maker
 
@@ -79,17 +79,24 @@ def measure_cost(
     controls: Sequence[Answer],
     filler: Sequence[list[int]],
     *,
+    a: Engine,
+    twin: Engine,
     rounds: int,
 ) -> Cost:
-    """A has stored the documents on node 0 of both. rounds: questions of either B."""
-    before = Trust.of(stage.nodes)
-    with ending(b := _start(stage, stage.nodes)):
+    """a, twin: have stored the documents, on node 0 of nodes and of off. rounds: questions of
+    either B.
+    """
+    before = audited_chunks(stage.nodes)
+    b, b_off = (
+        stage.start(nodes, 1, max_num_batched_tokens=OTHER_BATCH_TOKENS)
+        for nodes in (stage.nodes, stage.off)
+    )
+    with ending(b):
         begun_s = time.monotonic()
-        seen = wait_verdict(stage.nodes, before)
+        seen = wait_verdict(stage.nodes, b, a)
         trusted_s = time.monotonic() - begun_s
-        without = Trust.of(stage.off)
-        with ending(b_off := _start(stage, stage.off)):
-            wait_verdict(stage.off, without)
+        with ending(b_off):
+            wait_verdict(stage.off, b_off, twin)
             pairs = ((b, stage.nodes, [b_off]), (b_off, stage.off, [b]))
             on, off = sides = [_Side(Instance(Mode.P2P, 1, *pair)) for pair in pairs]
             first = [ask_all(side.b.engine, documents) for side in sides]
@@ -101,10 +108,10 @@ def measure_cost(
                     side.ask(documents[number % len(documents)])
             assert not off.audits, "a cluster without audits has made one"
         counters = counters_of(b)
-        audits = Trust.of(stage.nodes).audited_chunks - before.audited_chunks
+        audits = audited_chunks(stage.nodes) - before
     asked = [controls[number % len(documents)] for number in range(rounds)]
     return Cost(
-        trusted_after_s=round(trusted_s, 3) if seen.equal > before.equal else None,
+        trusted_after_s=round(trusted_s, 3) if seen == EQUAL else None,
         ttft_ms={
             name: round(statistics.median(side.ttft_ms), 2)
             for name, side in (("on", on), ("off", off))
@@ -116,7 +123,3 @@ def measure_cost(
         wrong_answers=sum(wrong(answers, controls) for answers in first)
         + sum(wrong(side.answers, asked) for side in sides),
     )
-
-
-def _start(stage: Scene, nodes: Nodes) -> Engine:
-    return stage.start(nodes, 1, max_num_batched_tokens=OTHER_BATCH_TOKENS)

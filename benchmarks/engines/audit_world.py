@@ -3,9 +3,9 @@ an answer does not hang on how a prompt was cut.
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +22,21 @@ TOKENS = 1_000  # of a document: seven chunks and a tail
 ANSWER_TOKENS = 8
 POOL_BYTES = 64 << 20  # 4,096 tokens of the tiny model in float32
 SLAB_BYTES = 768 << 20  # all that one node's engines store, so that nothing is evicted
+VERDICTS = (EQUAL, DIFFERENT) = ("equal", "different")  # core.trust's words
 VERDICT_LIMIT_S = 30.0  # until B has met A's canary, or it never will
-
-
-@dataclass(frozen=True, slots=True)
-class Trust:
-    """What node 1 has seen of other makers, all its engines together."""
-
-    equal: int
-    different: int
-    audited_chunks: int
-
-    @classmethod
-    def of(cls, nodes: Nodes) -> "Trust":
-        found = nodes.status(1)["trust"]
-        return cls(found["canaries_equal"], found["canaries_different"], found["audited_chunks"])
-
-    @property
-    def verdicts(self) -> int:
-        return self.equal + self.different
 
 
 @dataclass(frozen=True)
 class Scene:
     """nodes: with audits at their default; off: the same machines, without any. mode: users have an
-    EngineCore of its own; in one process an engine is up sooner.
+    EngineCore of its own; in one process an engine is up sooner. engines: all that were started.
     """
 
     nodes: Nodes
     off: Nodes
     folder: Path
     mode: EngineMode
+    engines: list[Engine] = field(default_factory=list)
 
     def start(self, nodes: Nodes | None, index: int = 0, **arguments: Any) -> Engine:
         """An engine that belongs to node `index`, or one without kvray. Returns at once."""
@@ -64,7 +48,7 @@ class Scene:
             "VLLM_CPU_OMP_THREADS_BIND": cpu_binding(),
             **arguments.pop("environment", {}),
         }
-        return start_engine(
+        engine = start_engine(
             arguments.pop("model", tiny()),
             folder=self.folder,
             mode=self.mode,
@@ -74,6 +58,8 @@ class Scene:
             kv_cache_memory_bytes=POOL_BYTES,
             **arguments,
         )
+        self.engines.append(engine)
+        return engine
 
 
 @contextmanager
@@ -85,7 +71,9 @@ def scene(*, is_smoke: bool) -> Iterator[Scene]:
         off = stack.enter_context(
             another_cluster(nodes, name="off", slab_bytes=SLAB_BYTES, audit_rate=0.0)
         )
-        yield Scene(nodes, off, folder, mode)
+        stage = Scene(nodes, off, folder, mode)
+        stack.callback(_end, stage.engines)
+        yield stage
 
 
 @contextmanager
@@ -96,10 +84,15 @@ def ending(*engines: Engine) -> Iterator[None]:
             engine.ready()
         yield
     finally:
-        for engine in engines:
-            engine.ask_to_end()
-        for engine in engines:
-            engine.close()
+        _end(engines)
+
+
+def _end(engines: Iterable[Engine]) -> None:
+    """Those that have not ended."""
+    for engine in engines:
+        engine.ask_to_end()
+    for engine in engines:
+        engine.close()
 
 
 def ask_all(engine: Engine, documents: Sequence[list[int]]) -> list[Answer]:
@@ -126,11 +119,34 @@ def loaded_tokens(counters: dict[str, int]) -> int:
     return found["local"] + found["peer"]
 
 
-def wait_verdict(nodes: Nodes, before: Trust) -> Trust:
-    """Until node 1 has met a maker more. What it has seen then."""
+def audited_chunks(nodes: Nodes) -> int:
+    """On node 1, of all its engines."""
+    return int(nodes.status(1)["trust"]["audited_chunks"])
+
+
+def verdict(nodes: Nodes, b: Engine, a: Engine) -> str | None:
+    """What node 1, which is B's, has seen of A's maker: "equal" or "different"; None while it has
+    not compared the two, or if it never does.
+    """
+    mine, other = (engine.call(in_engine.stats) for engine in (b, a))
+    wanted = (mine["namespace"], mine["canary"]["maker"], other["canary"]["maker"])
+    for pair in nodes.status(1)["trust"]["pairs"]:
+        if (pair["namespace"], pair["mine"], pair["other"]) == wanted:
+            state: str = pair["state"]
+            return state if state in VERDICTS else None
+    return None
+
+
+def is_same_maker(b: Engine, a: Engine) -> bool:
+    makers = [engine.call(in_engine.canary)["maker"] for engine in (a, b)]
+    return makers[0] is not None and makers[0] == makers[1]
+
+
+def wait_verdict(nodes: Nodes, b: Engine, a: Engine) -> str:
+    """It does not come for two of one maker, or under two names."""
     wait_until(
-        lambda: Trust.of(nodes).verdicts > before.verdicts,
+        lambda: verdict(nodes, b, a) is not None,
         what="a verdict on another maker's canary",
         limit_s=VERDICT_LIMIT_S,
     )
-    return Trust.of(nodes)
+    return str(verdict(nodes, b, a))
