@@ -30,8 +30,8 @@ def main() -> int:
     took_s = time.perf_counter() - begun_s
     console.print(f"{outcome.audits} audits, {outcome.alarms} alarms, in {took_s:.0f} s")
     console.print(f"the nearest came to {outcome.nearest:.0%} of the limit")
-    for name in outcome.missed_names:
-        console.print(f"missed: {name}", markup=False)
+    for name in outcome.names:
+        console.print(f"not found: {name}", markup=False)
     if options.json:
         print(json.dumps(asdict(outcome)))  # noqa: T201 (for machines)
     return 1 if outcome.alarms or outcome.missed or not outcome.audits else 0

@@ -29,6 +29,9 @@ NAMESPACE = Namespace(b"n" * 16)
 WRITER = (ClientId(1, 1, 1), OpId(1))
 KEY, NAME = BlockKey(b"k" * 16), BlockKey(b"a" * 16)
 NOW_MS = 1_000
+# One weight of a norm, doubled: layers move by 2 %, where honest engines of unlike machines differ
+# by 1 %. Audits need not find it. Like machines are held to the bit by their canaries, and do.
+SLIGHT = "times 2"
 OTHER_KIND = Maker(0xBAD << 32 | 1)  # of whoever computes something else: no class that is here
 
 
@@ -110,6 +113,7 @@ class Node:
 class Outcome:
     """alarms: blocks of honest engines that were told apart; and one is enough. nearest: to the
     limit, as a share of it. found, missed: of what computes something else, whom trust has left.
+    too_small: what was not found and is SLIGHT.
     """
 
     audits: int = 0
@@ -117,7 +121,8 @@ class Outcome:
     nearest: float = 0.0
     found: int = 0
     missed: int = 0
-    missed_names: list[str] = field(default_factory=list)
+    too_small: int = 0
+    names: list[str] = field(default_factory=list)  # of those that were not found
 
 
 def replay(record: Record, *, audits: int, seed: int = 0) -> Outcome:
@@ -167,9 +172,11 @@ def _different(family: Family, outcome: Outcome) -> None:
                 if (sample.mine, sample.other) == pair and node.trusts:
                     node.audit(sample.errors)
             node.check()
-            if node.trusts:
-                outcome.missed += 1
-                name = f"{family.model} {family.dtype}: {what}"
-                outcome.missed_names.append(name if pair[0] == what else f"{name}, by the others")
-            else:
+            if not node.trusts:
                 outcome.found += 1
+                continue
+            if what.endswith(SLIGHT):
+                outcome.too_small += 1
+            else:
+                outcome.missed += 1
+            outcome.names.append(f"{family.model} {family.dtype}: {what}, seen by {pair[0]}")
