@@ -74,17 +74,6 @@ SEAM_PROOF: tuple[Mutant, ...] = (
         _ROUNDS,
     ),
     Mutant(
-        "seam: look-ups side by side may each cost what one may",
-        "kvray.core.audit",
-        (
-            (
-                "self.spent_tokens + self._lent_tokens + cost_tokens",
-                "self.spent_tokens + cost_tokens",
-            ),
-        ),
-        _BUDGET,
-    ),
-    Mutant(
         "seam: what audits have cost is forgotten",
         "kvray.core.audit",
         (("lent_tokens if is_audited else 0", "0"),),
@@ -119,16 +108,5 @@ SEAM_PROOF: tuple[Mutant, ...] = (
         "kvray.core.lookups",
         (("message.may_audit and self._audits.is_due", "self._audits.is_due"),),
         tested("tests/unit/test_audit.py"),
-    ),
-    Mutant(
-        "seam: each page of a look-up may be audited",
-        "kvray.node.client",
-        (
-            (
-                "may_audit=may_audit and cut.stop == len(ticket.keys)",
-                "may_audit=may_audit",
-            ),
-        ),
-        tested("tests/unit/test_node_client.py"),
     ),
 )

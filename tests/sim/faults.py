@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tests.sim.engine import Engine
 from tests.sim.machine import Machine
+from tests.sim.makers import is_canary
 from tests.sim.network import DIRECTORY
 from tests.sim.process import NodeProcess
 
@@ -225,7 +226,8 @@ class Faults:
         delay_us = self._random.randrange(LONG_AWAY_US - 1_500_000, LONG_AWAY_US)
         for other in self._world.engines:
             if other is not engine and other.machine is engine.machine:
-                prompts = [request.keys for request in engine.requests]
+                asked = [request.keys for request in engine.requests]
+                prompts = [keys for keys in asked if not is_canary(keys[0])]  # nobody asks for one
                 self._world.schedule.after(delay_us, other.ask_again, prompts)
         return engine.name
 
