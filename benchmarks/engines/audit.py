@@ -102,8 +102,10 @@ def _figures(like: Like, cost: Cost, rows: Sequence[Other]) -> dict[str, Any]:
         "first_missed": like.first_missed,
         "other_class_trusted_after_s": cost.trusted_after_s,
         "ttft_ms": cost.ttft_ms,
-        "ttft_ratio": round(cost.ttft_ratio, 4),
+        "ttft_ratio": cost.ttft_ratio,
+        "no_hits": cost.no_hits,
         "audited_chunks": cost.audited_chunks,
+        "computed_tokens": cost.missed,
         "extra_prefill_share": round(cost.extra_prefill_share, 5),
         "mismatch_before_first_load": all(row.is_kept_apart for row in rows if row.names == OF_A),
         "never_met_under_own_names": all(row.is_kept_apart for row in rows if row.names == ITS_OWN),
@@ -112,22 +114,20 @@ def _figures(like: Like, cost: Cost, rows: Sequence[Other]) -> dict[str, Any]:
 
 
 def bars(result: dict[str, Any]) -> list[Bar]:
-    never = float("inf")
-    other_s = result["other_class_trusted_after_s"]
     missing = full_chunks(TOKENS) - result["first_cached_tokens"]
+    other_s, ratio = (
+        float("inf") if result[name] is None else result[name]
+        for name in ("other_class_trusted_after_s", "ttft_ratio")
+    )
     return [
         at_most(0, "answers that differ from the control", result["wrong_answers"]),
         at_most(0, "tokens loaded of another packing or weight", result["loaded_of_others"]),
         at_least(1, "mismatch seen before a load", float(result["mismatch_before_first_load"])),
         at_least(1, "never met under own names", float(result["never_met_under_own_names"])),
         at_most(MAX_TRUSTED_S, "s from ready to trust, its like", result["trusted_after_s"]),
+        at_most(MAX_TRUSTED_S, "s from ready to trust, other batch limits", other_s),
         at_most(0, "tokens of the first question that are no hit", missing),
-        at_most(
-            MAX_TRUSTED_S,
-            "s from ready to trust, other batch limits",
-            never if other_s is None else other_s,
-        ),
-        at_most(MAX_TTFT_RATIO, "ttft of hits over no audits", result["ttft_ratio"]),
+        at_most(MAX_TTFT_RATIO, "ttft of hits over no audits", ratio),
         at_least(1, "audits made", result["audited_chunks"]),
         at_most(MAX_EXTRA_SHARE, "prefill more, for audits", result["extra_prefill_share"]),
     ]
