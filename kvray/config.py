@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeVar, cast
 
 from kvray.errors import ConfigError
+from kvray.ownership import check_private_folder
 
 LockMode = Literal["auto", "required", "off"]
 LOCK_MODES: tuple[LockMode, ...] = ("auto", "required", "off")
@@ -410,17 +411,20 @@ def socket_path(runtime_dir: str | None, cluster_name: str, node_id: str) -> str
 def find_sockets(config: EngineConfig) -> list[str]:
     """Where this engine's NodeStore may be listening: existing sockets only, sorted.
 
-    More than one means that this host has several Ray nodes and node_id has to be set.
+    More than one means that this host has several Ray nodes and node_id has to be set. Raises
+    UntrustedError if another user could have put them there; who listens is asked when one
+    connects.
     """
     if config.socket_path is not None:
         return [config.socket_path] if os.path.exists(config.socket_path) else []  # noqa: PTH110
+    folder = config.runtime_dir or default_runtime_dir()
+    try:
+        check_private_folder(folder)
+    except FileNotFoundError:
+        return []
     if config.node_id is not None:
         path = socket_path(config.runtime_dir, config.cluster_name, config.node_id)
         return [path] if os.path.exists(path) else []  # noqa: PTH110 (pathlib is 10 ms to load)
-    folder = config.runtime_dir or default_runtime_dir()
     pattern = re.compile(rf"{re.escape(config.cluster_name)}-[0-9a-f]{{1,{NODE_NAME_CHARS}}}\.sock")
-    try:
-        names = os.listdir(folder)  # noqa: PTH208
-    except FileNotFoundError:
-        return []
+    names = os.listdir(folder)  # noqa: PTH208
     return sorted(f"{folder}/{name}" for name in names if pattern.fullmatch(name))

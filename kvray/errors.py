@@ -4,6 +4,7 @@
      ├── ConfigError            a setting is wrong; nothing has been started or allocated
      ├── NotAttachedError       an engine can not be attached, or is not
      ├── MissingPackageError    a package is not installed; an ImportError as well
+     ├── UntrustedError         a folder, file or socket that another user could have put there
      ├── SlabError              the slab can not be made, locked or adopted
      │    └── SlabBusyError     another process works on it
      ├── RemoteProtocolError    the other side said something that it must not say
@@ -30,6 +31,10 @@ class NotAttachedError(KVRayError):
 
 class MissingPackageError(KVRayError, ImportError):
     """What was asked for needs a package that is not installed; the text names what to install."""
+
+
+class UntrustedError(KVRayError):
+    """Something lies where only this user may put things, and is not this user's own."""
 
 
 class SlabError(KVRayError):

@@ -26,13 +26,12 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 
-from kvray.config import find_sockets
 from kvray.core.ids import Namespace
 from kvray.engine import hooks, support, versions
 from kvray.engine.adapter_watch import loaded_with
 from kvray.engine.adapters import Adapters, Loaded
 from kvray.engine.chunk_names import CHUNK_TOKENS
-from kvray.engine.discovery import socket_finder
+from kvray.engine.discovery import is_there, socket_finder
 from kvray.engine.facts import Facts, facts_of
 from kvray.engine.guard import Switch, guarded, nothing
 from kvray.engine.jobs import (
@@ -139,7 +138,7 @@ class KVRayConnector(OffloadingConnector):
             fields=lambda: self._said(self.lookups.fields),
         )
         self._client.start()
-        if find_sockets(config):
+        if is_there(config):
             wait_session(self._client)
         if self._uncached is not None:
             logger.warning("kvray: this engine runs uncached: %s", self._uncached)

@@ -4,13 +4,23 @@ import logging
 from collections.abc import Callable
 
 from kvray.config import EngineConfig, find_sockets
+from kvray.errors import UntrustedError
 
 logger = logging.getLogger("kvray.engine")
 
 
+def is_there(config: EngineConfig) -> bool:
+    """Whether a socket is there that may be trusted so far."""
+    try:
+        return bool(find_sockets(config))
+    except UntrustedError:
+        return False  # the client's thread says so
+
+
 def socket_finder(config: EngineConfig) -> Callable[[], str | None]:
     """A function that returns the socket's path, or None while there is none; several of which
-    the settings choose none are none, and that is said once.
+    the settings choose none are none, and that is said once. It raises UntrustedError for one
+    that another user could have put there.
     """
     told = False
 

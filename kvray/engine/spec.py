@@ -14,10 +14,10 @@ from vllm.v1.kv_offload.base import (
     OffloadingSpec,
 )
 
-from kvray.config import EngineConfig, find_sockets
+from kvray.config import EngineConfig
 from kvray.engine import metrics
 from kvray.engine.canary_rank import RankCanary
-from kvray.engine.discovery import socket_finder
+from kvray.engine.discovery import is_there, socket_finder
 from kvray.engine.lookups import Lookups
 from kvray.engine.pieces import group_pages
 from kvray.engine.transfers import Transfers
@@ -65,7 +65,7 @@ class KVRaySpec(OffloadingSpec):
         )
         client.start()
         # So that the first job finds its slab mapped. A NodeStore that comes later is met later.
-        if find_sockets(config):
+        if is_there(config):
             client.wait_session(FIRST_SESSION_S)
         return Transfers(
             groups=group_pages(kv_caches, blocks_per_chunk=self.blocks_per_chunk),

@@ -24,6 +24,7 @@ from kvray.core.messages import MAX_MESSAGE_BYTES, Hello, HelloReply, LocalAnswe
 from kvray.errors import ConfigError, KVRayError, RemoteProtocolError
 from kvray.node import wire
 from kvray.node.mapped import MappedSlab
+from kvray.ownership import check_own_peer
 
 logger = logging.getLogger("kvray.node")
 
@@ -236,6 +237,7 @@ class Connector:
         sock = wire.make_socket()
         try:
             sock.connect(path)
+            check_own_peer(sock, path)
             wire.send(sock, encode(hello))
             reply = self._await_reply(sock)
             if reply is None:

@@ -31,6 +31,7 @@ from kvray.core.layout import (
     Geometry,
 )
 from kvray.errors import ConfigError, RemoteProtocolError, SlabError, VersionMismatchError
+from kvray.ownership import check_own_file
 
 POPULATE_STEP_BYTES = 64 * 1024**2  # about 15 ms of page tables, between two looks at the clock
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
@@ -68,7 +69,8 @@ class MappedSlab:
 
         The mapping does not need fd any more afterwards; the caller closes it. Raises
         RemoteProtocolError (VersionMismatchError) for another file than the one announced,
-        SlabError if there is no address space for it.
+        UntrustedError for one that is not this user's own, SlabError if there is no address space
+        for it.
         """
         try:
             geometry = Geometry(slab_bytes=slab_bytes, extent_bytes=extent_bytes)
@@ -79,6 +81,7 @@ class MappedSlab:
             mapping = mmap.mmap(fd, slab_bytes)
         except OSError as exc:
             raise SlabError(f"can not map the slab of {slab_bytes} bytes: {exc}") from exc
+        keep_private(mapping)
         return cls(mapping, geometry, slab_id)
 
     @property
@@ -193,6 +196,16 @@ class MappedSlab:
         return True
 
 
+def keep_private(mapping: mmap.mmap) -> None:
+    """Other people's prompts are in it: no core dump has it, and no forked child.
+
+    A mapped file of /dev/shm is not dumped while it has a name, and is dumped whole when it has
+    none any more: after `kvray stop`, in each engine.
+    """
+    mapping.madvise(mmap.MADV_DONTDUMP)
+    mapping.madvise(mmap.MADV_DONTFORK)
+
+
 def populate_pages(address: int, length_bytes: int) -> bool:
     """MADV_POPULATE_WRITE: allocate and map these pages as a write would, without writing.
 
@@ -231,6 +244,7 @@ memory_barrier: Callable[[], None] = (
 
 
 def _check(fd: int, geometry: Geometry, slab_id: SlabId) -> None:
+    check_own_file(fd, "the file that was handed over as the slab")
     size_bytes = os.fstat(fd).st_size
     if size_bytes != geometry.slab_bytes:
         raise RemoteProtocolError(

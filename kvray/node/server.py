@@ -24,7 +24,6 @@ import os
 import selectors
 import socket
 import stat
-import struct
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -40,6 +39,7 @@ from kvray.core.layout import MAX_CLIENTS
 from kvray.core.messages import MAX_MESSAGE_BYTES, Hello, LocalAnswer, LocalRequest, Refused
 from kvray.errors import ConfigError, RemoteProtocolError, SlabBusyError
 from kvray.node import process, wire
+from kvray.ownership import peer_of
 
 logger = logging.getLogger("kvray.node")
 
@@ -54,7 +54,6 @@ MAX_QUEUED_BYTES = 4 * 1024**2  # (seconds of traffic) hangs, and is better off 
 MAX_PATH_BYTES = 107  # sun_path, less its terminating zero
 MAX_REASON_CHARS = 512  # told and logged: a reason may quote what a client has sent
 MAX_WARNED = 256  # (pid, reason) pairs remembered, so that a loop does not fill the log
-PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
 class SessionOpened(msgspec.Struct, frozen=True):
@@ -199,9 +198,7 @@ class LocalServer:
                 self._turn_away()
             return  # otherwise the caller went away again before we came
         wire.prepare(sock)
-        pid, uid, _ = PEER_CREDENTIALS.unpack(
-            sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER_CREDENTIALS.size)
-        )
+        pid, uid = peer_of(sock)
         session = _Session(SessionId(self._next_id), sock, pid, uid, time.monotonic())
         self._next_id += 1
         self._sessions[session.session_id] = session

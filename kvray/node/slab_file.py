@@ -34,6 +34,7 @@ from kvray.core.ids import NodeId
 from kvray.core.layout import MAGIC, PAGE_BYTES
 from kvray.errors import ConfigError, SlabError
 from kvray.node.process import is_alive
+from kvray.ownership import check_private_folder
 
 logger = logging.getLogger("kvray.node")
 
@@ -85,38 +86,21 @@ def runtime_directory(folder: Path | str | None = None) -> Path:
     """The folder for locks and sockets, by default config.default_runtime_dir(). Made if it is
     missing, mode 0700.
 
-    Every process of a cluster on this host must come to the same answer. Raises ConfigError if
-    somebody else could put something there, since engines trust what they find in it.
+    Every process of a cluster on this host must come to the same answer. Raises UntrustedError if
+    another user could put something there, ConfigError if it can not be made.
     """
     folder = Path(folder or default_runtime_dir()).absolute()
     try:
         with suppress(FileExistsError):
             folder.mkdir(mode=0o700)
             folder.chmod(0o700)  # whatever the umask took away
-        found = folder.lstat()
+        check_private_folder(str(folder))
     except OSError as exc:
         raise ConfigError(
             f"can not make the runtime folder {folder}: {exc.strerror}. "
             "Set KVRAY_RUNTIME_DIR to a folder that this user may make"
         ) from exc
-    _check_private(folder, found)
     return folder
-
-
-def _check_private(folder: Path, found: os.stat_result) -> None:
-    advice = "Remove it, or set KVRAY_RUNTIME_DIR to another folder"
-    if not stat.S_ISDIR(found.st_mode):  # lstat: a symbolic link is no folder
-        raise ConfigError(f"the runtime folder {folder} is not a folder. {advice}")
-    if found.st_uid != os.geteuid():
-        raise ConfigError(
-            f"the runtime folder {folder} belongs to user {found.st_uid}, not to {os.geteuid()}. "
-            "Set KVRAY_RUNTIME_DIR to another folder"
-        )
-    if found.st_mode & 0o077:
-        raise ConfigError(
-            f"the runtime folder {folder} is open to others (mode {stat.S_IMODE(found.st_mode):o})."
-            f" Run `chmod 700 {folder}`, or set KVRAY_RUNTIME_DIR to another folder"
-        )
 
 
 class SlabLock:
@@ -194,6 +178,7 @@ def open_slab_file(path: Path) -> int | None:
         ) from exc
     found = os.fstat(descriptor)
     if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
+        os.fchmod(descriptor, 0o600)  # whoever has opened it to others
         return descriptor
     os.close(descriptor)
     raise SlabError(

@@ -19,6 +19,7 @@ from kvray.core.header_page import HEADER_PAGE_DTYPE
 from kvray.core.ids import SLAB_ID_BYTES, NodeId
 from kvray.core.layout import FORMAT_VERSION, PAGE_BYTES, Geometry, aligned
 from kvray.errors import SlabBusyError, SlabError
+from kvray.node.mapped import keep_private
 from kvray.node.memory import Progress, allocate, check_size, prefault, read_host_memory
 from kvray.node.process import boot_id, has_ended, open_pidfd
 from kvray.node.slab_file import HeaderPage, open_slab_file, orphans, read_header_page
@@ -215,9 +216,11 @@ class Opening:
 
 def _map(descriptor: int, geometry: Geometry) -> mmap.mmap:
     try:
-        return mmap.mmap(descriptor, geometry.slab_bytes)
+        mapping = mmap.mmap(descriptor, geometry.slab_bytes)
     except OSError as exc:
         raise SlabError(f"can not map {geometry.slab_bytes} bytes: {exc.strerror}") from exc
+    keep_private(mapping)
+    return mapping
 
 
 def _expect_no_owner(page: HeaderPage | None, path: Path) -> None:

@@ -17,7 +17,8 @@ from ray.llm._internal.serve.engines.vllm.kv_transfer.base import (
 
 from kvray.actors import log_to_stderr
 from kvray.cluster import connect
-from kvray.config import EngineConfig, find_sockets
+from kvray.config import EngineConfig
+from kvray.engine.discovery import is_there
 from kvray.errors import NodeLostError
 
 logger = logging.getLogger("kvray.serve")
@@ -74,7 +75,7 @@ def own_node_store(config: EngineConfig) -> EngineConfig:
 
 def _await_socket(config: EngineConfig) -> bool:
     end_s = time.monotonic() + NODE_STORE_DEADLINE_S
-    while not find_sockets(config):
+    while not is_there(config):
         if time.monotonic() >= end_s:
             return False
         time.sleep(POLL_S)

@@ -22,6 +22,7 @@ from kvray.config import default_runtime_dir
 from kvray.errors import NodeLostError
 from kvray.node import process
 from kvray.node.slab_file import runtime_directory
+from kvray.ownership import check_private_folder, read_own_file
 
 BEGIN_LIMIT_S = 60.0  # Ray starts in seconds; a busy host needs longer
 END_LIMIT_S = 45.0  # `ray start --block` ends its children, in seconds
@@ -102,9 +103,12 @@ def end(cluster_name: str) -> bool:
 
 
 def read_note(cluster_name: str) -> Note | None:
-    """None if there is none, or its process is gone."""
+    """None if there is none, or its process is gone. Raises UntrustedError for one that another
+    user could have written: what it names is about to be ended.
+    """
     try:
-        note = msgspec.json.decode(note_path(cluster_name).read_bytes(), type=Note)
+        check_private_folder(default_runtime_dir())
+        note = msgspec.json.decode(read_own_file(str(note_path(cluster_name))), type=Note)
     except (OSError, msgspec.DecodeError):
         return None
     return note if process.start_ticks(note.pid) == note.start_ticks else None

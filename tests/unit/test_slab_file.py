@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from kvray.core.ids import NodeId
-from kvray.errors import ConfigError, SlabError
+from kvray.errors import ConfigError, SlabError, UntrustedError
 from kvray.node.slab_file import SlabLock, open_slab_file, runtime_directory, slab_paths
 
 NODE = NodeId("0123456789abcdef" + "0" * 40)
@@ -68,7 +68,7 @@ def test_the_runtime_folder_follows_the_environment(
 def test_a_folder_open_to_others_is_refused(tmp_path: Path, mode: int) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run").chmod(mode)
-    with pytest.raises(ConfigError, match=rf"mode {mode:o}.*chmod 700"):
+    with pytest.raises(UntrustedError, match=rf"mode {mode:o}.*chmod 700"):
         runtime_directory(tmp_path / "run")
 
 
@@ -76,13 +76,13 @@ def test_a_link_to_a_good_folder_is_refused(tmp_path: Path) -> None:
     """Whoever made the link may let it point elsewhere later."""
     runtime_directory(tmp_path / "good")
     (tmp_path / "run").symlink_to(tmp_path / "good")
-    with pytest.raises(ConfigError, match="is not a folder"):
+    with pytest.raises(UntrustedError, match="is not a folder"):
         runtime_directory(tmp_path / "run")
 
 
 def test_a_file_in_its_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").touch(mode=0o700)
-    with pytest.raises(ConfigError, match="is not a folder"):
+    with pytest.raises(UntrustedError, match="is not a folder"):
         runtime_directory(tmp_path / "run")
 
 
@@ -90,7 +90,7 @@ def test_a_file_in_its_place_is_refused(tmp_path: Path) -> None:
 def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir(mode=0o700)
     os.chown(tmp_path / "run", 65_534, 65_534)
-    with pytest.raises(ConfigError, match="belongs to user 65534"):
+    with pytest.raises(UntrustedError, match="belongs to user 65534"):
         runtime_directory(tmp_path / "run")
 
 
