@@ -33,9 +33,10 @@ from kvray.actors import (
     take_short_turns,
 )
 from kvray.config import Config
+from kvray.core import arguments
 from kvray.core.codec import decode, encode
 from kvray.core.directory import TICK_MS, DirectoryCore
-from kvray.core.ids import BlockKey, Epoch, NodeId, Term
+from kvray.core.ids import Term
 from kvray.core.messages import (
     MAX_CALL_BYTES,
     Announce,
@@ -46,6 +47,7 @@ from kvray.core.messages import (
 logger = logging.getLogger("kvray.directory")
 
 NODES_PERIOD_S = 1.0  # a new node waits so long for its NodeStore; ray.nodes() is 0.4 to 0.8 ms
+MAX_WHERE_KEYS = 65_536  # of one call: a prompt of 8 million tokens
 NAMES_PERIOD_S = 5.0  # how soon a NodeStore that somebody killed for good is missed
 
 Place = Callable[[dict[str, object], str], None]  # (Config.to_dict(), Ray node id)
@@ -88,23 +90,24 @@ class Directory:
     # ---- for NodeStores
 
     def hello(self, data: bytes) -> bytes:
-        message = decode(data, max_bytes=MAX_CALL_BYTES, expect=NodeHello)
+        message = decode(arguments.a_message(data), max_bytes=MAX_CALL_BYTES, expect=NodeHello)
         with self._deciding() as core:
             return encode(core.on_hello(message, now_ms=_now_ms()))
 
     def announce(self, data: bytes) -> bytes:
-        message = decode(data, max_bytes=MAX_CALL_BYTES, expect=Announce)
+        message = decode(arguments.a_message(data), max_bytes=MAX_CALL_BYTES, expect=Announce)
         with self._deciding() as core:
             return encode(core.on_announce(message, now_ms=_now_ms()))
 
     def locate(self, data: bytes) -> bytes:
-        message = decode(data, max_bytes=MAX_CALL_BYTES, expect=Locate)
+        message = decode(arguments.a_message(data), max_bytes=MAX_CALL_BYTES, expect=Locate)
         with self._deciding() as core:
             return encode(core.on_locate(message, now_ms=_now_ms()))
 
     def bye(self, node_id: str, epoch: int) -> None:
+        leaver, its_epoch = arguments.a_node_id(node_id), arguments.an_epoch(epoch)
         with self._deciding() as core:
-            core.on_bye(NodeId(node_id), Epoch(epoch))
+            core.on_bye(leaver, its_epoch)
 
     # ---- for people and kvray.cluster
 
@@ -117,8 +120,9 @@ class Directory:
 
     def where(self, keys: Sequence[bytes]) -> list[list[dict[str, Any]]]:
         """For each key its locations, as plain data."""
+        wanted = arguments.keys(keys, at_most=MAX_WHERE_KEYS)
         with self._deciding() as core:
-            found = core.where([BlockKey(key) for key in keys])
+            found = core.where(wanted)
         return [[asdict(location) for location in locations] for locations in found]
 
     def status(self) -> dict[str, Any]:
@@ -130,7 +134,7 @@ class Directory:
         """No NodeStore is made on this Ray node any more. A directory that is restarted forgets
         it, and the node gets an empty one again.
         """
-        self._supervisor.retire(node_id)
+        self._supervisor.retire(arguments.a_node_id(node_id))
 
     def stop_supervising(self) -> None:
         """No NodeStore is made after this returns; what is there stays."""

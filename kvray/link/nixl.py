@@ -370,10 +370,10 @@ class NixlLink:
     def _add(self, peer: _Peer) -> None:
         try:
             found = self._agent.add_remote_agent(peer.metadata)
-        except _ERRORS as exc:
+            found_name = found.decode() if isinstance(found, bytes) else str(found)
+        except Exception as exc:  # whatever is wrong with it is in what the peer has announced
             self._drop(peer.name)  # it may have been added in part
             raise LinkError(f"{peer.name} can not be connected: {_text(exc)}") from exc
-        found_name = found.decode() if isinstance(found, bytes) else str(found)
         if found_name != peer.name:
             if found_name not in self._peers:
                 self._drop(found_name)

@@ -16,8 +16,9 @@ from kvray.actors import (
     run_at_normal_priority,
     take_short_turns,
 )
-from kvray.config import Config
-from kvray.core.ids import KEY_BYTES, BlockKey, NodeId
+from kvray.config import MAX_EXTENT_BYTES, Config
+from kvray.core import arguments
+from kvray.core.ids import NodeId
 from kvray.errors import RemoteProtocolError
 
 logger = logging.getLogger("kvray.node")
@@ -65,7 +66,8 @@ class NodeStore:
 
     def block_bytes(self, key: bytes) -> bytes | None:
         """A copy of a READY block's payload, for tests and verification."""
-        payload: bytes | None = self._loop.ask(lambda serving: serving.block_bytes(BlockKey(key)))
+        wanted = arguments.a_key(key)
+        payload: bytes | None = self._loop.ask(lambda serving: serving.block_bytes(wanted))
         return payload
 
     def block_keys(self) -> list[bytes]:
@@ -82,14 +84,11 @@ class NodeStore:
         """Get these blocks from a node that drains, into free room, and keep them. sizes: payload
         bytes. Returns the keys that are READY here after TAKE_OVER_DEADLINE_S at most.
         """
-        if not 0 < len(keys) == len(sizes) <= MAX_TAKE_OVER_KEYS or len(set(keys)) != len(keys):
-            raise RemoteProtocolError(
-                f"expected 1 to {MAX_TAKE_OVER_KEYS} different keys and as many sizes, found "
-                f"{len(keys)} and {len(sizes)}"
-            )
-        if any(len(key) != KEY_BYTES for key in keys) or any(size <= 0 for size in sizes):
-            raise RemoteProtocolError(f"a key has {KEY_BYTES} bytes, and a block at least one")
-        wants = [(BlockKey(key), size) for key, size in zip(keys, sizes, strict=True)]
+        names = arguments.keys(keys, at_most=MAX_TAKE_OVER_KEYS)
+        if not names or len(set(names)) != len(names):
+            raise RemoteProtocolError(f"expected different keys, found {len(names)} in all")
+        of_each = arguments.sizes(sizes, count=len(names), at_most=MAX_EXTENT_BYTES)
+        wants = list(zip(names, of_each, strict=True))
         return self._loop.take_over(wants, deadline_s=TAKE_OVER_DEADLINE_S)
 
     def measure_link(self, peer_id: str, *, is_far: bool) -> dict[str, Any]:
@@ -99,7 +98,9 @@ class NodeStore:
         from kvray.node.host import read_counters
         from kvray.node.measuring import with_way
 
-        return with_way(lambda: self._loop.measure(NodeId(peer_id)), read_counters, is_far=is_far)
+        peer = arguments.a_node_id(peer_id)
+        far = arguments.a_flag(is_far, "is_far")
+        return with_way(lambda: self._loop.measure(peer), read_counters, is_far=far)
 
     def clear(self) -> None:
         """Evict every block that nobody has pinned."""
