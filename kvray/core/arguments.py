@@ -7,7 +7,7 @@ RemoteProtocolError with what was expected and what was found.
 
 from collections.abc import Sequence
 
-from kvray.core.header_page import MAX_NODE_ID_BYTES
+from kvray.core.header_page import MAX_AHEAD_MS, MAX_NODE_ID_BYTES
 from kvray.core.ids import KEY_BYTES, BlockKey, Epoch, NodeId
 from kvray.core.messages import MAX_EPOCH
 from kvray.errors import RemoteProtocolError
@@ -45,6 +45,17 @@ def a_node_id(found: object) -> NodeId:
 
 def an_epoch(found: object) -> Epoch:
     return Epoch(a_number(found, "an epoch", 0, MAX_EPOCH))
+
+
+def a_time(found_ms: int, what: str, *, now_ms: int) -> None:
+    """That of another host's wall clock. A number that no clock can have would be the highest for
+    ever, and its node could never come back with a higher one.
+    """
+    if found_ms > now_ms + MAX_AHEAD_MS:
+        raise RemoteProtocolError(
+            f"expected {what} of today, found {found_ms}: it is {(found_ms - now_ms) // 3_600_000} "
+            "hours ahead of the directory's clock. Set that host's clock"
+        )
 
 
 def a_number(found: object, what: str, least: int, most: int) -> int:

@@ -17,10 +17,11 @@ Pins and slots are core.store's; this file says whose they are.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any
 
 from kvray.core.commands import WriteClient
 from kvray.core.deadlines import Deadlines
+from kvray.core.header_page import ClientRow
 from kvray.core.ids import UNKNOWN_MAKER, ClientId, Maker, Namespace, OpId, Role, SlotIndex
 from kvray.core.layout import MAX_CLIENTS
 from kvray.core.messages import ChunkShape, EngineUse, Hello, Introduce, NoiseLevels
@@ -41,19 +42,6 @@ class ClientState(Enum):
     SILENT = "silent"  # without a session; has its pins and slots
     LAPSED = "lapsed"  # without a session; its slots are in quarantine
     GONE = "gone"  # an ENGINE whose workers may still write
-
-
-class ClientRow(Protocol):
-    """One row of the table of clients, as a restart finds it in the slab."""
-
-    @property
-    def row(self) -> int: ...
-    @property
-    def client(self) -> ClientId: ...
-    @property
-    def role(self) -> Role: ...
-    @property
-    def engine_nonce(self) -> int: ...
 
 
 @dataclass(slots=True, eq=False)

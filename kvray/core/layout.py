@@ -45,8 +45,9 @@ SLOT_HEADER_DTYPE = np.dtype(
     ]
 )
 EXTENT_DTYPE = np.dtype([("extent_generation", "<u8"), ("slot_bytes", "<u8"), ("spare", "V48")])
+# word: pid, role and a sum, see core.header_page; 0 for a row that was never used.
 CLIENT_DTYPE = np.dtype(
-    [("pid", "<u4"), ("role", "<u4"), ("start_ticks", "<u8"), ("nonce", "<u8"), ("engine", "<u8")]
+    [("word", "<u8"), ("start_ticks", "<u8"), ("nonce", "<u8"), ("engine", "<u8")]
 )
 assert SLOT_HEADER_DTYPE.itemsize == HEADER_BYTES
 assert EXTENT_DTYPE.itemsize == HEADER_BYTES

@@ -43,7 +43,7 @@ from kvray.core.reasons import MissReason
 
 MAX_KEYS_PER_MESSAGE = 1_024  # 20 bytes a key back: well below the 200 KiB of a SEQPACKET message
 MAX_MESSAGE_BYTES = 200 * 1024  # SO_SNDBUF is 212,992 by default; 208 KiB is EMSGSIZE
-MAX_CALL_BYTES = 8 * 1024 * 1024  # a Ray call; resync parts and locate batches stay below it
+MAX_CALL_BYTES = 12 * 1024 * 1024  # a Ray call: a whole roster of the longest names is 8.2 MB
 MAX_WRITING_LISTED = 4_096  # (slot, generation) pairs an engine may list in Hello
 
 # Of the control messages. With these, each of them stays below MAX_CALL_BYTES.
@@ -70,7 +70,7 @@ MAX_NOISE = 1.0  # relative: what differs by as much as it is large is no noise
 MAX_COMPUTE_US = 60_000_000  # of one block: a minute, as no engine is
 MAX_DEADLINE_MS = 600_000  # ten minutes: nothing waits for ever, and a second is usual
 MAX_PERIOD_MS = 60_000  # between heartbeats; a larger one can only be a mistake
-MAX_EPOCH = 2**62  # epochs and terms follow the wall clock in ms; the next one always fits 64 bits
+MAX_EPOCH = 2**47  # epochs and terms follow the wall clock in ms; a slab has 48 bits for the next
 
 SLOT_DTYPE = np.dtype([("slot", "<u4"), ("generation", "<u8"), ("offset", "<u8")])
 ENTRY_DTYPE = np.dtype(

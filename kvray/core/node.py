@@ -17,7 +17,7 @@ from typing import Any
 
 from kvray.core.announcing import Announcing, AnnouncingLimits, AnnouncingState
 from kvray.core.audit import Audits
-from kvray.core.clients import Client, ClientRow, Clients, ClientState
+from kvray.core.clients import Client, Clients, ClientState
 from kvray.core.commands import (
     ConnectPeer,
     DisconnectPeer,
@@ -33,6 +33,7 @@ from kvray.core.commands import (
 )
 from kvray.core.fetch import FetchCore, FetchLimits
 from kvray.core.fetching import Fetching
+from kvray.core.header_page import ClientRow
 from kvray.core.ids import BlockKey, Epoch, NodeId, ReadId
 from kvray.core.lookups import Lookups
 from kvray.core.messages import (

@@ -91,6 +91,9 @@ class Directory:
 
     def hello(self, data: bytes) -> bytes:
         message = decode(arguments.a_message(data), max_bytes=MAX_CALL_BYTES, expect=NodeHello)
+        wall_clock_ms = int(time.time() * 1_000)
+        arguments.a_time(message.info.epoch, "an epoch", now_ms=wall_clock_ms)
+        arguments.a_time(message.wall_clock_ms, "a wall clock", now_ms=wall_clock_ms)
         with self._deciding() as core:
             return encode(core.on_hello(message, now_ms=_now_ms()))
 

@@ -20,7 +20,7 @@ from kvray.config import (
     default_slab_bytes,
 )
 from kvray.core.ids import NodeId
-from kvray.core.layout import FORMAT_VERSION, Geometry
+from kvray.core.layout import Geometry
 from kvray.node.memory import RAY_MEMORY_USAGE_THRESHOLD, Progress, read_host_memory
 from kvray.node.slab import SlabOwner
 from kvray.node.slab_file import (
@@ -33,6 +33,7 @@ from kvray.node.slab_file import (
     slab_paths,
     sweep,
 )
+from kvray.node.slab_opening import unreadable
 
 # Ray ends an actor that does not hear its kill about 5 s later; then its memory is given back, and
 # only then its lock.
@@ -96,7 +97,7 @@ def _geometry_of(path: Path) -> Geometry | None:
         page = read_header_page(descriptor)
     finally:
         os.close(descriptor)
-    if page is None or page["format"][0] != FORMAT_VERSION:
+    if page is None or unreadable(page):
         return None
     return Geometry(int(page["slab_bytes"][0]), int(page["extent_bytes"][0]))
 

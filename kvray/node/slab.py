@@ -26,7 +26,6 @@ import os
 import sys
 from collections.abc import Collection, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
 
@@ -35,7 +34,14 @@ import numpy.typing as npt
 
 from kvray.config import LOCK_MODES, LockMode
 from kvray.core.effects import Effect, MarkGeneration, WriteExtent, WriteHeader
-from kvray.core.header_page import HEADER_PAGE_DTYPE
+from kvray.core.header_page import (
+    HEADER_PAGE_DTYPE,
+    ClientRow,
+    read_number,
+    rows_in_use,
+    write_client,
+    write_number,
+)
 from kvray.core.ids import ClientId, Epoch, NodeId, Role, SlabId, SlotState
 from kvray.core.layout import (
     EXTENT_DTYPE,
@@ -75,16 +81,6 @@ _READY = int(SlotState.READY)
 assert sys.byteorder == "little", "slabs are little-endian, see core.layout"
 
 
-@dataclass(frozen=True, slots=True)
-class ClientRow:
-    """One row of the table of clients, as a restart finds it."""
-
-    row: int  # what `writer` in a slot's header refers to
-    client: ClientId
-    role: Role
-    engine_nonce: int
-
-
 class SlabOwner:
     """The one process that works on a slab. Made by open(), ended by close()."""
 
@@ -100,6 +96,14 @@ class SlabOwner:
         self._mapping = file.mapping
         self._map(file.geometry)
         self.slab_id = SlabId(self._page["slab_id"][0].tobytes())
+        # From here on our own: engines map this page too.
+        self._epoch = self._number("epoch")
+        self._mark = self._number("generation_mark")
+
+    def _number(self, name: str) -> int:
+        found = read_number(self._page, name)
+        assert found is not None, f"{name} of a page that was looked at"
+        return found
 
     def _map(self, geometry: Geometry) -> None:
         whole = np.frombuffer(self._mapping, dtype=np.uint8)
@@ -177,9 +181,9 @@ class SlabOwner:
         started = start_ticks(pid) if pid else 0
         if started is None:
             raise SlabError("/proc does not tell this process's own start time: is /proc mounted?")
-        self._page["owner_pid"][0] = 0
-        self._page["owner_start_ticks"][0] = started
-        self._page["owner_pid"][0] = pid
+        write_number(self._page, "owner_pid", 0)
+        write_number(self._page, "owner_start_ticks", started)
+        write_number(self._page, "owner_pid", pid)
 
     # -- what a restart finds ------------------------------------------------------------------
 
@@ -202,30 +206,16 @@ class SlabOwner:
     @property
     def generation_mark(self) -> int:
         """Generations below it may have been used."""
-        return int(self._page["generation_mark"][0])
+        return self._mark
 
     @property
     def epoch(self) -> Epoch:
         """The last epoch that any NodeStore took for this slab, 0 for a new one."""
-        return Epoch(int(self._page["epoch"][0]))
+        return Epoch(self._epoch)
 
     def clients(self) -> list[ClientRow]:
         """The rows that are in use: after an adoption, those of the clients before it."""
-        table = self._page["clients"][0]
-        return [
-            ClientRow(
-                row=row,
-                client=ClientId(
-                    pid=int(entry["pid"]),
-                    start_ticks=int(entry["start_ticks"]),
-                    nonce=int(entry["nonce"]),
-                ),
-                role=Role(int(entry["role"])),
-                engine_nonce=int(entry["engine"]),
-            )
-            for row, entry in enumerate(table)
-            if entry["pid"]
-        ]
+        return [row for row in rows_in_use(self._page) if row is not None]
 
     # -- epochs ----------------------------------------------------------------------------------
 
@@ -239,7 +229,8 @@ class SlabOwner:
     def take_epoch(self, epoch: int) -> Epoch:
         """Write down an epoch: the one of next_epoch, or a greater one."""
         assert epoch >= self.epoch, f"epoch {epoch} after {self.epoch}"
-        self._page["epoch"][0] = epoch
+        write_number(self._page, "epoch", epoch)
+        self._epoch = epoch
         return Epoch(epoch)
 
     # -- what the core wants written -------------------------------------------------------------
@@ -276,7 +267,8 @@ class SlabOwner:
             else:
                 assert type(effect) is MarkGeneration, effect
                 assert effect.high_water >= self.generation_mark, "generations do not go back"
-                self._page["generation_mark"][0] = effect.high_water
+                write_number(self._page, "generation_mark", effect.high_water)
+                self._mark = effect.high_water
         memory_barrier()
 
     def write_client(
@@ -286,15 +278,7 @@ class SlabOwner:
         the row, once none of its slots is being written.
         """
         assert 0 <= row < MAX_CLIENTS
-        entry = self._page["clients"][0][row]
-        entry["pid"] = 0
-        if client is None:
-            return
-        entry["role"] = role
-        entry["start_ticks"] = client.start_ticks
-        entry["nonce"] = client.nonce
-        entry["engine"] = engine_nonce
-        entry["pid"] = client.pid  # last: a row with a pid is whole
+        write_client(self._page, row, client, role, engine_nonce)
 
     # -- the end ---------------------------------------------------------------------------------
 
@@ -345,7 +329,7 @@ class SlabOwner:
         assert page["magic"].tobytes() == MAGIC
         assert page["slab_id"].tobytes() == self.slab_id
         assert page["boot_id"].tobytes() == boot_id()
-        assert int(page["owner_pid"]) == os.getpid()
+        assert read_number(self._page, "owner_pid") == os.getpid()
         assert (int(page["slab_bytes"]), int(page["extent_bytes"])) == (
             self.geometry.slab_bytes,
             self.geometry.extent_bytes,

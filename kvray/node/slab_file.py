@@ -29,7 +29,12 @@ from kvray.config import (
     default_runtime_dir,
     socket_path,
 )
-from kvray.core.header_page import HEADER_PAGE_DTYPE, MAX_CLUSTER_BYTES, MAX_NODE_ID_BYTES
+from kvray.core.header_page import (
+    HEADER_PAGE_DTYPE,
+    MAX_CLUSTER_BYTES,
+    MAX_NODE_ID_BYTES,
+    read_number,
+)
 from kvray.core.ids import NodeId
 from kvray.core.layout import MAGIC, PAGE_BYTES
 from kvray.errors import ConfigError, SlabError
@@ -196,6 +201,14 @@ def read_header_page(descriptor: int) -> HeaderPage | None:
     return page if page["magic"][0].tobytes() == MAGIC else None
 
 
+def named_owner(page: HeaderPage) -> tuple[int, int]:
+    """(pid, start ticks) of the process that it says works on the slab; zeros for none, or if it is
+    damaged there.
+    """
+    pid, ticks = read_number(page, "owner_pid"), read_number(page, "owner_start_ticks")
+    return (0, 0) if not pid or ticks is None else (pid, ticks)
+
+
 def owner_of(path: Path) -> tuple[int, int]:
     """(pid, start ticks) of the process that the slab's header page names; zeros for none."""
     with suppress(SlabError):
@@ -206,7 +219,7 @@ def owner_of(path: Path) -> tuple[int, int]:
             finally:
                 os.close(descriptor)
             if page is not None:
-                return int(page["owner_pid"][0]), int(page["owner_start_ticks"][0])
+                return named_owner(page)
     return 0, 0
 
 

@@ -8,6 +8,7 @@ never truncated, since engines may still map it and copy.
 import mmap
 import os
 import secrets
+import time
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,14 +16,26 @@ from pathlib import Path
 
 import numpy as np
 
-from kvray.core.header_page import HEADER_PAGE_DTYPE
+from kvray.core.header_page import (
+    HEADER_PAGE_DTYPE,
+    damage,
+    fixed_sum,
+    read_number,
+    write_number,
+)
 from kvray.core.ids import SLAB_ID_BYTES, NodeId
 from kvray.core.layout import FORMAT_VERSION, PAGE_BYTES, Geometry, aligned
 from kvray.errors import SlabBusyError, SlabError
 from kvray.node.mapped import keep_private
 from kvray.node.memory import Progress, allocate, check_size, prefault, read_host_memory
 from kvray.node.process import boot_id, has_ended, open_pidfd
-from kvray.node.slab_file import HeaderPage, open_slab_file, orphans, read_header_page
+from kvray.node.slab_file import (
+    HeaderPage,
+    named_owner,
+    open_slab_file,
+    orphans,
+    read_header_page,
+)
 
 # A killed owner loses its lock and then, microseconds later, its pid: nothing legal takes longer.
 OWNER_EXIT_MS = 2_000
@@ -79,8 +92,8 @@ class Opening:
             os.close(descriptor)
             raise
         self._freed_bytes = os.fstat(descriptor).st_blocks * STAT_BLOCK_BYTES
-        if page is not None and page["format"][0] == FORMAT_VERSION:
-            self._last_epoch = int(page["epoch"][0])
+        if page is not None and not unreadable(page):
+            self._last_epoch = read_number(page, "epoch") or 0
         os.close(descriptor)
         return None
 
@@ -108,9 +121,9 @@ class Opening:
                 return None
             former = page["node_id"][0].decode()
             file = self._adopted(descriptor, page, f"took over the slab of node {former}")
-            np.frombuffer(file.mapping, dtype=HEADER_PAGE_DTYPE, count=1)["node_id"][0] = (
-                self._node_id.encode()
-            )
+            renamed = np.frombuffer(file.mapping, dtype=HEADER_PAGE_DTYPE, count=1)
+            renamed["node_id"][0] = self._node_id.encode()
+            renamed["sum"][0] = fixed_sum(renamed)
             path.rename(self._path)
             adopted = True
             return file
@@ -126,8 +139,8 @@ class Opening:
         wanted = self._geometry
         if page is None:
             return "it was never completed"
-        if page["format"][0] != FORMAT_VERSION:
-            return f"it has format {page['format'][0]}, this kvray writes {FORMAT_VERSION}"
+        if reason := unreadable(page):
+            return reason
         if page["boot_id"][0].tobytes() != boot_id():
             return "it is of another boot of the host"
         cut = (int(page["slab_bytes"][0]), int(page["extent_bytes"][0]))
@@ -145,7 +158,7 @@ class Opening:
         return ""
 
     def _adopted(self, descriptor: int, page: HeaderPage, how: str) -> SlabFile:
-        owner = int(page["owner_pid"][0]), int(page["owner_start_ticks"][0])
+        owner = named_owner(page)
         return SlabFile(
             descriptor=descriptor,
             mapping=_map(descriptor, self._geometry),
@@ -207,11 +220,15 @@ class Opening:
         page["format"] = FORMAT_VERSION
         page["slab_id"] = np.void(secrets.token_bytes(SLAB_ID_BYTES))
         page["boot_id"] = np.void(boot_id())
-        page["epoch"] = self._last_epoch
         page["slab_bytes"] = self._geometry.slab_bytes
         page["extent_bytes"] = self._geometry.extent_bytes
         page["cluster"] = self._cluster.encode()
         page["node_id"] = self._node_id.encode()
+        page["sum"] = fixed_sum(page)
+        write_number(page, "epoch", self._last_epoch)
+        write_number(page, "generation_mark", 0)
+        write_number(page, "owner_pid", 0)
+        write_number(page, "owner_start_ticks", 0)
 
 
 def _map(descriptor: int, geometry: Geometry) -> mmap.mmap:
@@ -223,13 +240,18 @@ def _map(descriptor: int, geometry: Geometry) -> mmap.mmap:
     return mapping
 
 
+def unreadable(page: HeaderPage) -> str:
+    """Why nothing in this page can be used; empty if it can."""
+    if page["format"][0] != FORMAT_VERSION:
+        return f"it has format {page['format'][0]}, this kvray writes {FORMAT_VERSION}"
+    return damage(page, wall_clock_ms=time.time_ns() // 1_000_000)
+
+
 def _expect_no_owner(page: HeaderPage | None, path: Path) -> None:
     """The lock says that nobody works on the slab. If the header page names a process that is
     alive all the same, its lock was another file (another runtime folder): hands off.
     """
-    if page is None or not page["owner_pid"][0]:
-        return
-    pid, started = int(page["owner_pid"][0]), int(page["owner_start_ticks"][0])
+    pid, started = (0, 0) if page is None else named_owner(page)
     pidfd = open_pidfd(pid, started)
     if pidfd is None:
         return

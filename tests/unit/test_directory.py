@@ -34,6 +34,7 @@ from kvray.core.ids import (
 )
 from kvray.core.messages import (
     MAX_CALL_BYTES,
+    MAX_EPOCH,
     MAX_READ_KEYS,
     MAX_SOURCES_PER_KEY,
     Announce,
@@ -317,11 +318,11 @@ def test_what_was_said_to_the_directory_before_is_void() -> None:
 
 def test_the_last_number_of_an_epoch_is_an_end_and_no_crash() -> None:
     cluster = Cluster()
-    node, other = Node(cluster, "a", epoch=2**62), Node(cluster, "a", epoch=2**62)
+    node, other = Node(cluster, "a", epoch=MAX_EPOCH), Node(cluster, "a", epoch=MAX_EPOCH)
     node.join(A)
     other.info = msgspec.structs.replace(other.info, slab_address=8_192)
     for _ in range(3):
-        assert other.hello().accepted_epoch == 2**62
+        assert other.hello().accepted_epoch == MAX_EPOCH
     assert cluster.core.roster() == [node.info]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from kvray.core.effects import MarkGeneration, WriteExtent, WriteHeader
+from kvray.core.header_page import HEADER_PAGE_DTYPE, fixed_sum
 from kvray.core.ids import (
     BlockKey,
     ClientId,
@@ -26,7 +27,7 @@ from kvray.core.ids import (
     SlotIndex,
     SlotState,
 )
-from kvray.core.layout import MAX_CLIENTS, WRITER_NODE, Geometry
+from kvray.core.layout import MAX_CLIENTS, PAGE_BYTES, WRITER_NODE, Geometry
 from kvray.errors import SlabBusyError
 from kvray.node.slab import SlabOwner
 from kvray.node.slab_file import SHM_DIRECTORY, sweep
@@ -289,6 +290,12 @@ def damage(slab: SlabOwner, offset: int, content: bytes) -> None:
     os.pwrite(slab.fd, content, offset)
 
 
+def sign(slab: SlabOwner) -> None:
+    """As whoever writes the fixed part of the page does."""
+    page = np.frombuffer(os.pread(slab.fd, PAGE_BYTES, 0), HEADER_PAGE_DTYPE)
+    damage(slab, HEADER_PAGE_DTYPE.fields["sum"][1], fixed_sum(page).to_bytes(4, "little"))
+
+
 @pytest.mark.parametrize(
     ("offset", "content", "reason"),
     [
@@ -305,6 +312,7 @@ def test_what_is_not_ours_is_given_up_and_says_why(
     before = host.open()
     Writer(before).write(key_of(1))
     damage(before, offset, content)
+    sign(before)
     old_id = before.slab_id
     before.close(unlink=False)
 
@@ -314,6 +322,29 @@ def test_what_is_not_ours_is_given_up_and_says_why(
     assert reason in after.reason
     assert after.slab_id != old_id
     assert not after.headers["state"].any()
+
+
+FIELDS = [name for name in HEADER_PAGE_DTYPE.names or () if name != "clients"]
+
+
+@pytest.mark.parametrize("content", [b"\x00", b"\x01", b"\xff"], ids=["zeros", "ones", "all bits"])
+@pytest.mark.parametrize("field", [*FIELDS, "clients"])
+def test_a_node_starts_whatever_its_page_says(host: Host, field: str, content: bytes) -> None:
+    before = host.open()
+    Writer(before).write(key_of(1))
+    dtype, offset = (HEADER_PAGE_DTYPE.fields or {})[field][:2]
+    before.close(unlink=False)
+    with (SHM_DIRECTORY / f"kvray-{host.cluster}-{NODE[:16]}.slab").open("r+b") as file:
+        file.seek(offset)
+        file.write(content * dtype.itemsize)
+
+    after = host.open()
+    epoch = after.next_epoch(wall_clock_ms=1_700_000_000_000)
+    Writer(after).write(key_of(2))
+
+    assert epoch < 2**47
+    assert key_of(2) in ready_blocks(after)
+    after.check()
 
 
 def test_a_slab_with_holes_is_given_up(host: Host) -> None:
