@@ -4,8 +4,6 @@ What a core asks for is noted here and held to what core.commands promises. When
 ends is for whoever plays the rest of the world: tests.nodes by hand, tests.sim by dice.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from kvray.core.announcing import AnnouncingLimits
@@ -30,14 +28,13 @@ from kvray.core.commands import (
 )
 from kvray.core.effects import Effect, MarkGeneration, WriteExtent, WriteHeader
 from kvray.core.fetch import FetchLimits
+from kvray.core.header_page import ClientRow
 from kvray.core.ids import (
     BlockKey,
-    ClientId,
     Epoch,
     Generation,
     NodeId,
     ReadId,
-    Role,
     SlabId,
     SlotIndex,
     SlotState,
@@ -123,16 +120,6 @@ class Slab:
         return bytes(self.memory[offset : offset + block_bytes])
 
 
-@dataclass
-class Row:
-    """A row of the table of clients, as a restart reads it."""
-
-    row: int
-    client: ClientId
-    role: Role
-    engine_nonce: int
-
-
 class Shell:
     """One life of a NodeStore: a NodeCore, the slab that it has found, and what it has asked for.
 
@@ -157,7 +144,7 @@ class Shell:
         self.store = StoreCore(slab.geometry, generation_mark=slab.generation_mark)
         self.store.adopt(slab.extents.copy(), slab.headers.copy(), now_ms=now_ms)
         rows = [
-            Row(row, entry.client, entry.role, entry.engine_nonce)
+            ClientRow(row, entry.client, entry.role, entry.engine_nonce)
             for row, entry in slab.clients.items()
             if entry.client is not None
         ]

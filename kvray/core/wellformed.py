@@ -106,6 +106,15 @@ def _text(name: str, value: str, limit_bytes: int) -> None:
         raise RemoteProtocolError(f"{name} has {size_bytes} bytes; at most {limit_bytes}")
 
 
+def _name(name: str, value: str, limit_bytes: int) -> None:
+    """A text that is shown to people, in logs and terminals: nothing in it moves a cursor, ends a
+    line or is swallowed.
+    """
+    _text(name, value, limit_bytes)
+    if not value.isprintable():
+        raise RemoteProtocolError(f"{name} is {value[:80]!r}; it must have printable characters")
+
+
 def _exactly(name: str, value: bytes, *lengths_bytes: int) -> None:
     if len(value) not in lengths_bytes:
         raise RemoteProtocolError(f"{name} has {len(value)} bytes; it must have {lengths_bytes}")
@@ -165,9 +174,9 @@ def _check_hello(m: Hello) -> None:
     _number("start_ticks", m.client.start_ticks, MAX_U64)
     _number("nonce", m.client.nonce, MAX_U64)
     _number("engine_nonce", m.engine_nonce, MAX_U64)
-    _text("label", m.label, MAX_TEXT_BYTES)
+    _name("label", m.label, MAX_TEXT_BYTES)
     _exactly("slab_id", m.slab_id, 0, SLAB_ID_BYTES)
-    _text("model", m.model, MAX_TEXT_BYTES)
+    _name("model", m.model, MAX_TEXT_BYTES)
     _introduction(m)
     count = _rows("writing", m.writing, SLOT_DTYPE.itemsize, MAX_WRITING_LISTED)
     _require(bool(m.slab_id) or not count, "writing names slots of no slab")
@@ -182,8 +191,8 @@ def _introduction(m: Hello | Introduce) -> None:
     _exactly("namespace", m.namespace, 0, NAMESPACE_BYTES)
     _number("the count of fields", len(m.fields), MAX_FIELDS)
     for name, value in m.fields.items():
-        _text("a field's name", name, MAX_NAME_BYTES)
-        _text(f"field {name}", value, MAX_FIELD_BYTES)
+        _name("a field's name", name, MAX_NAME_BYTES)
+        _name(f"field {name}", value, MAX_FIELD_BYTES)
     _number("maker", m.maker, MAX_U64)
     _number("the count of chunks", len(m.chunks), MAX_CHUNK_SHAPES)
     for shape in m.chunks:
@@ -191,14 +200,14 @@ def _introduction(m: Hello | Introduce) -> None:
         _number("a chunk's piece_bytes", shape.piece_bytes, shape.slot_bytes, least=1)
         whole = shape.slot_bytes % shape.piece_bytes == 0
         _require(whole, "a chunk of slot_bytes that are no whole pieces of piece_bytes")
-        _text("a chunk's dtype", shape.dtype, MAX_NAME_BYTES)
+        _name("a chunk's dtype", shape.dtype, MAX_NAME_BYTES)
     for name, level in (("alone", m.noise.alone), ("batched", m.noise.batched)):
         _require(0.0 <= level <= MAX_NOISE, f"noise {name} is {level}; at most {MAX_NOISE}")
 
 
 def _check_hello_reply(m: HelloReply) -> None:
     _number("op", m.op, MAX_U64)
-    _text("node_id", m.node_id, MAX_NAME_BYTES)
+    _name("node_id", m.node_id, MAX_NAME_BYTES)
     _number("epoch", m.epoch, MAX_EPOCH)
     _exactly("slab_id", m.slab_id, SLAB_ID_BYTES)
     _geometry(m.slab_bytes, m.extent_bytes)
@@ -278,7 +287,7 @@ def _check_report(m: Report) -> None:
     _number("op", m.op, MAX_U64)
     _number("the count of counters", len(m.counters), MAX_COUNTERS)
     for name, value in m.counters.items():
-        _text("a counter's name", name, MAX_NAME_BYTES)
+        _name("a counter's name", name, MAX_NAME_BYTES)
         _number("a counter", value, MAX_U64)
 
 
@@ -299,15 +308,15 @@ def _roster(name: str, roster: list[NodeInfo]) -> None:
 # A roster of a thousand nodes is said again and again with few changes: 1 us an info, and not 8.
 @lru_cache(maxsize=2 * MAX_ROSTER_NODES)
 def _check_node_info(m: NodeInfo) -> None:
-    _text("node_id", m.node_id, MAX_NAME_BYTES)
+    _name("node_id", m.node_id, MAX_NAME_BYTES)
     _number("epoch", m.epoch, MAX_EPOCH)
-    _text("link_name", m.link_name, MAX_NAME_BYTES)
+    _name("link_name", m.link_name, MAX_NAME_BYTES)
     _rows("link_metadata", m.link_metadata, 1, MAX_LINK_METADATA_BYTES)
     _exactly("slab_id", m.slab_id, SLAB_ID_BYTES)
     _number("slab_address", m.slab_address, MAX_U64)
     _geometry(m.slab_bytes, m.extent_bytes)
-    _text("host", m.host, MAX_NAME_BYTES)
-    _text("kvray_version", m.kvray_version, MAX_NAME_BYTES)
+    _name("host", m.host, MAX_NAME_BYTES)
+    _name("kvray_version", m.kvray_version, MAX_NAME_BYTES)
     _number("format_version", m.format_version, MAX_U32)
 
 
@@ -326,7 +335,7 @@ def _check_node_hello_reply(m: NodeHelloReply) -> None:
 
 
 def _check_announce(m: Announce) -> None:
-    _text("node_id", m.node_id, MAX_NAME_BYTES)
+    _name("node_id", m.node_id, MAX_NAME_BYTES)
     _number("epoch", m.epoch, MAX_EPOCH)
     _number("term", m.term, MAX_EPOCH)
     _number("sequence", m.sequence, MAX_U64, least=1)
@@ -342,7 +351,7 @@ def _check_announce(m: Announce) -> None:
     _rows("doubtful", m.doubtful, KEY_BYTES, MAX_DOUBTFUL_KEYS)
     _number("the count of engines", len(m.engines or ()), MAX_ENGINE_USES)
     for engine in m.engines or ():
-        _text("an engine's model", engine.model, MAX_TEXT_BYTES)
+        _name("an engine's model", engine.model, MAX_TEXT_BYTES)
         _exactly("an engine's namespace", engine.namespace, 0, NAMESPACE_BYTES)
         _number("an engine's maker", engine.maker, MAX_U64)
 
@@ -356,17 +365,17 @@ def _check_announce_reply(m: AnnounceReply) -> None:
         _roster("news.joined", m.news.joined)
         _number("the count of news.left", len(m.news.left), MAX_ROSTER_NODES)
         for node_id in m.news.left:
-            _text("news.left", node_id, MAX_NAME_BYTES)
+            _name("news.left", node_id, MAX_NAME_BYTES)
     _rows("read", m.read, KEY_BYTES, MAX_READ_KEYS)
     _rows("spare", m.spare, KEY_BYTES, MAX_DOUBTFUL_KEYS)
     _number("the count of split models", len(m.split), MAX_SPLIT_MODELS)
     for model in m.split:
-        _text("a split model", model, MAX_TEXT_BYTES)
+        _name("a split model", model, MAX_TEXT_BYTES)
     _rows("makers", m.makers, MAKER_DTYPE.itemsize, MAX_MAKERS_SAID)
 
 
 def _check_locate(m: Locate) -> None:
-    _text("node_id", m.node_id, MAX_NAME_BYTES)
+    _name("node_id", m.node_id, MAX_NAME_BYTES)
     _number("epoch", m.epoch, MAX_EPOCH)
     _rows("keys", m.keys, KEY_BYTES, MAX_LOCATE_KEYS)
 
@@ -376,7 +385,7 @@ def _check_locate_reply(m: LocateReply) -> None:
     _number("the count of nodes", len(m.nodes), MAX_ROSTER_NODES)
     _require(len(m.nodes) == len(m.epochs), f"{len(m.nodes)} nodes, {len(m.epochs)} epochs")
     for node_id in m.nodes:
-        _text("nodes", node_id, MAX_NAME_BYTES)
+        _name("nodes", node_id, MAX_NAME_BYTES)
     for epoch in m.epochs:
         _number("epochs", epoch, MAX_EPOCH)
     most = MAX_LOCATE_KEYS * MAX_SOURCES_PER_KEY

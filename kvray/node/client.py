@@ -116,8 +116,8 @@ class NodeClient:
             None if start_ticks is None else ClientId(os.getpid(), start_ticks, engine_nonce)
         )
         self._role = role
-        self._label = label[:MAX_LABEL_CHARS]
-        self._model = model[:MAX_LABEL_CHARS]
+        self._label = _shown(label)
+        self._model = _shown(model)
         self._on_session = on_session
         self._patience = Patience(budget_s)
         self._ops = itertools.count(1)
@@ -487,3 +487,8 @@ class NodeClient:
         """To be called on the engine's thread, between its questions."""
         self._teller.check()
         self._questions.check()
+
+
+def _shown(text: str) -> str:
+    """A model's path may have any character; what is said of it goes to terminals and logs."""
+    return "".join(char if char.isprintable() else "?" for char in text)[:MAX_LABEL_CHARS]

@@ -47,7 +47,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out, err = Console(), Console(stderr=True)
+# No markup: model names and settings are shown, and are no commands to the terminal.
+out, err = Console(markup=False), Console(stderr=True, markup=False)
 
 ClusterName = Annotated[
     str, typer.Option("--cluster", metavar="NAME", help="Which kvray, if there are several.")
@@ -106,8 +107,15 @@ def start(
     ] = None,
     page: Annotated[bool, typer.Option(help="Serve kvray's own page.")] = True,
     page_host: Annotated[
-        str, typer.Option(help="Where; it has no password, so think before you widen it.")
+        str, typer.Option(help="Where; on anything but loopback it wants a token.")
     ] = LOOPBACK,
+    page_token: Annotated[
+        str,
+        typer.Option(
+            envvar="KVRAY_PAGE_TOKEN",
+            help="Who has it may look. Without one a page that is not on loopback makes its own.",
+        ),
+    ] = "",
     page_port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any free one.")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -137,7 +145,11 @@ def start(
                 ray.shutdown()
                 local_ray.end(cluster_name)
             raise
-        url = open_page(cluster, host=page_host, port=page_port) if page else page_url(cluster)
+        url = (
+            open_page(cluster, host=page_host, port=page_port, token=page_token)
+            if page
+            else page_url(cluster)
+        )
         status = cluster.status()
         if as_json:
             print_json(status_data(status, page_url=url) | {"began_ray": begun})

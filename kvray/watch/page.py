@@ -5,11 +5,16 @@
     GET /, /page.js, /page.css (no build step) ─────────▶ browser ◀────────────┘
 
 Read-only: nothing that is asked here changes anything. Bound to the loopback interface unless told
-otherwise, and then without a password: whoever reaches it sees node ids, host and model names.
+otherwise, and then only for those who have its token: it shows node ids, host and model names. The
+token comes once in the address, and then as a cookie; it is as secret as the connection, which is
+not encrypted.
 """
 
 import asyncio
+import hmac
+import ipaddress
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -41,12 +46,14 @@ FILES = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "connect-src 'self'; img-src 'self' data:",
+    "connect-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
+QUERY_NAME = "token"  # in the first address
+COOKIE = "kvray-token"
+TOKEN_BYTES = 16  # of one that is made here
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -54,8 +61,13 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class PageServer:
     """Serves one Feed. snapshot is called on the server's thread for each question."""
 
-    def __init__(self, snapshot: Callable[[], dict[str, Any]], *, host: str, port: int) -> None:
-        """port 0: any free one. Raises OSError if it can not be had."""
+    def __init__(
+        self, snapshot: Callable[[], dict[str, Any]], *, host: str, port: int, token: str = ""
+    ) -> None:
+        """port 0: any free one. token: who has it may look; without one anybody on loopback, and
+        elsewhere those who have the one in `url`. Raises OSError if the port can not be had.
+        """
+        self._token = token or ("" if _is_loopback(host) else secrets.token_urlsafe(TOKEN_BYTES))
         self.asked_s = 0.0  # when somebody last looked, by time.monotonic
         self.url = ""
         self._snapshot = snapshot
@@ -65,6 +77,7 @@ class PageServer:
         for path in FILES:
             app.router.add_get(path, _file)
         app.router.add_get("/data", self._data)
+        app.on_response_prepare.append(_add_headers)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=CLOSE_S)
         opened: Future[str] = Future()
         self._thread = threading.Thread(
@@ -72,6 +85,11 @@ class PageServer:
         )
         self._thread.start()
         self.url = opened.result(OPEN_DEADLINE_S)
+
+    @property
+    def place(self) -> str:
+        """Its address without the token, for logs."""
+        return self.url.partition("?")[0]
 
     def close(self) -> None:
         """Nobody is answered any more, and the port is free."""
@@ -93,7 +111,8 @@ class PageServer:
         site = web.TCPSite(self._runner, self._host, port)
         await site.start()
         number = self._runner.addresses[0][1]
-        return f"http://{self._host}:{number}/"
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"http://{host}:{number}/" + (f"?{QUERY_NAME}={self._token}" if self._token else "")
 
     async def _data(self, _request: web.Request) -> web.StreamResponse:
         self.asked_s = time.monotonic()
@@ -102,12 +121,43 @@ class PageServer:
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """A page of another site can not read this one by giving its own name our address."""
-        name = request.host.rsplit(":", 1)[0]
-        if self._host == LOOPBACK and name not in LOCAL_NAMES:
-            raise web.HTTPForbidden(text=f"this page is for localhost, not for {name}")
-        response = await handler(request)
-        response.headers.update(HEADERS)
-        return response
+        if _is_loopback(self._host) and not _is_loopback(_host_name(request.host)):
+            raise web.HTTPForbidden(text="this page is for the names of localhost only")
+        if self._token:
+            given = request.query.get(QUERY_NAME, "")
+            if given and self._is_token(given):
+                answer = web.HTTPSeeOther(request.path)
+                answer.set_cookie(COOKIE, given, httponly=True, samesite="Strict")
+                raise answer
+            if not self._is_token(request.cookies.get(COOKIE, "")):
+                raise web.HTTPUnauthorized(
+                    text="this page wants its token: `kvray status --json` has the whole address"
+                )
+        return await handler(request)
+
+    def _is_token(self, given: str) -> bool:
+        return hmac.compare_digest(given.encode(), self._token.encode())
+
+
+async def _add_headers(_request: web.Request, response: web.StreamResponse) -> None:
+    """Errors have them too."""
+    response.headers.update(HEADERS)
+
+
+def _host_name(host: str) -> str:
+    """Of a Host header, without its port."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0]
+
+
+def _is_loopback(name: str) -> bool:
+    if name.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 async def _file(request: web.Request) -> web.StreamResponse:
@@ -118,17 +168,17 @@ async def _file(request: web.Request) -> web.StreamResponse:
 class Page:
     """The actor. Ray restarts it without end; what it has seen is lost then."""
 
-    def __init__(self, cluster_name: str, host: str, port: int) -> None:
+    def __init__(self, cluster_name: str, host: str, port: int, token: str) -> None:
         log_to_stderr()
         self._cluster_name = cluster_name
         self._feed = Feed()
         self._lock = threading.Lock()  # of the feed
-        self._server = PageServer(self._snapshot, host=host, port=port)
+        self._server = PageServer(self._snapshot, host=host, port=port, token=token)
         threading.Thread(target=self._watch, name="kvray-watch", daemon=True).start()
-        logger.info("the page of cluster %s is at %s", cluster_name, self._server.url)
+        logger.info("the page of cluster %s is at %s", cluster_name, self._server.place)
 
     def __repr__(self) -> str:
-        return f"Page(cluster={self._cluster_name}, {self._server.url})"
+        return f"Page(cluster={self._cluster_name}, {self._server.place})"
 
     def url(self) -> str:
         return self._server.url
@@ -171,9 +221,9 @@ class Page:
             time.sleep(min(left_s, WATCHED_PERIOD_S))
 
 
-def open_page(cluster: Cluster, *, host: str = LOOPBACK, port: int = 0) -> str:
-    """Serve the page of this cluster from its head node, if nobody does yet; its address. Raises
-    NodeLostError if it can not be opened there.
+def open_page(cluster: Cluster, *, host: str = LOOPBACK, port: int = 0, token: str = "") -> str:
+    """Serve the page of this cluster from its head node, if nobody does yet; its address, with its
+    token if it has one. Raises NodeLostError if it can not be opened there.
     """
     name = page_name(cluster.name)
     heads = [
@@ -185,7 +235,7 @@ def open_page(cluster: Cluster, *, host: str = LOOPBACK, port: int = 0) -> str:
     actor = (
         ray.remote(Page)
         .options(name=name, scheduling_strategy=strategy, **ACTOR_OPTIONS)
-        .remote(cluster.name, host, port)
+        .remote(cluster.name, host, port, token)
     )
     return _url_of(actor)
 

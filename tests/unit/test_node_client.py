@@ -201,6 +201,14 @@ def test_an_engine_says_who_it_is_and_learns_where_it_is(
     assert session.geometry == GEOMETRY
 
 
+def test_a_model_of_a_strange_path_is_said_without_what_is_strange(
+    node: ScriptedNode, make_engine: EngineFactory
+) -> None:
+    make_engine(model="llama\x1b[2J\n\u202e").start()
+
+    assert node.wait(Hello).model == "llama?[2J??"
+
+
 def test_an_engine_without_a_node_serves_uncached_and_joins_when_one_appears(
     path: Path, make_engine: EngineFactory
 ) -> None:

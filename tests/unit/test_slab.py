@@ -43,6 +43,7 @@ from tests.slabs import (
     ready_blocks,
 )
 
+OFFSET_OF = {name: field[1] for name, field in (HEADER_PAGE_DTYPE.fields or {}).items()}
 LARGER = Geometry(slab_bytes=3 * 1024**2, extent_bytes=GEOMETRY.extent_bytes)
 
 
@@ -293,7 +294,7 @@ def damage(slab: SlabOwner, offset: int, content: bytes) -> None:
 def sign(slab: SlabOwner) -> None:
     """As whoever writes the fixed part of the page does."""
     page = np.frombuffer(os.pread(slab.fd, PAGE_BYTES, 0), HEADER_PAGE_DTYPE)
-    damage(slab, HEADER_PAGE_DTYPE.fields["sum"][1], fixed_sum(page).to_bytes(4, "little"))
+    damage(slab, OFFSET_OF["sum"], fixed_sum(page).to_bytes(4, "little"))
 
 
 @pytest.mark.parametrize(
@@ -332,11 +333,10 @@ FIELDS = [name for name in HEADER_PAGE_DTYPE.names or () if name != "clients"]
 def test_a_node_starts_whatever_its_page_says(host: Host, field: str, content: bytes) -> None:
     before = host.open()
     Writer(before).write(key_of(1))
-    dtype, offset = (HEADER_PAGE_DTYPE.fields or {})[field][:2]
     before.close(unlink=False)
     with (SHM_DIRECTORY / f"kvray-{host.cluster}-{NODE[:16]}.slab").open("r+b") as file:
-        file.seek(offset)
-        file.write(content * dtype.itemsize)
+        file.seek(OFFSET_OF[field])
+        file.write(content * HEADER_PAGE_DTYPE[field].itemsize)
 
     after = host.open()
     epoch = after.next_epoch(wall_clock_ms=1_700_000_000_000)
