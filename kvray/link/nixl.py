@@ -33,7 +33,8 @@ of the hardware; what is assumed of it is marked "RDMA:".
   longer between two attempts, so that a link that has been healed would stay dead for as long as it
   was cut. TCP_LIMITS end such a connection soon; the next read makes another one.
 
-UCX chooses the transports, and needs no setting. `transports` narrows the choice (UCX's names, as
+UCX chooses the transports, and needs no setting; it is told the interfaces (UCX_NET_DEVICES, unless
+that is set), since it listens on all of them else. `transports` narrows the choice (UCX's names, as
 "tcp" or "rc,cuda_copy"): it becomes the variable UCX_TLS of this process, set before the agent is
 made and therefore never in a process that does other things with UCX. A UCX_TLS that is there
 already wins: whoever set it knows this host.
@@ -140,13 +141,16 @@ class _Read:
 class NixlLink:
     """A Link. name must carry the epoch. Making one takes 0.4 to 1.4 s the first time."""
 
-    def __init__(self, name: str, *, transports: str = "") -> None:
+    def __init__(self, name: str, *, transports: str = "", devices: str = "") -> None:
+        """devices: on which UCX may listen and connect, see node.network; empty: all."""
         if transports:
             present = os.environ.setdefault("UCX_TLS", transports)
             if present != transports:
                 logger.info("UCX_TLS is %s here; transports=%s ignored", present, transports)
         for variable, value in TCP_LIMITS.items():
             os.environ.setdefault(variable, value)
+        if devices:
+            os.environ.setdefault("UCX_NET_DEVICES", devices)
         self.name = name
         self._peers: dict[str, _Peer] = {}
         self._reads: dict[ReadId, _Read] = {}

@@ -12,6 +12,7 @@ from kvray import __version__
 from kvray.config import SHM_FOLDER
 from kvray.core.way import Counters
 from kvray.node.memory import read_host_memory
+from kvray.node.network import listeners
 from kvray.node.opening import memory_usage_threshold
 
 NIXL_NAMES = ("nixl", "nixl-cu13", "nixl-cu12")
@@ -48,6 +49,7 @@ def host_facts() -> dict[str, Any]:
             name: _text(port / "state") or "unknown" for name, port in _ports(INFINIBAND)
         },
         "has_verbs": any(VERBS.glob("uverbs*")),
+        "listeners": [[one.address, one.port] for one in listeners()],
         "ucx_settings": {name: os.environ[name] for name in UCX_SETTINGS if name in os.environ},
     }
 

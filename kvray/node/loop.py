@@ -30,7 +30,7 @@ from typing import Any
 from ray.exceptions import RayError
 
 from kvray import __version__
-from kvray.actors import die, ending_on_bug, keep_what_is_loaded
+from kvray.actors import alive_nodes, die, ending_on_bug, keep_what_is_loaded
 from kvray.config import Config, default_runtime_dir
 from kvray.core.eviction import policy_named
 from kvray.core.ids import BlockKey, Epoch, NodeId
@@ -43,6 +43,7 @@ from kvray.node.control import Control
 from kvray.node.host import host_facts
 from kvray.node.inbox import Inbox, Question
 from kvray.node.measuring import DEADLINE_MS, Measured
+from kvray.node.network import ucx_devices
 from kvray.node.opening import left_behind, open_slab, sweep_dead_nodes
 from kvray.node.peers import LinkThread
 from kvray.node.server import LocalServer
@@ -293,7 +294,8 @@ class NodeLoop(threading.Thread):
                 from kvray.link.nixl import NixlLink
             except ImportError as exc:
                 raise LinkError(f"NIXL can not be loaded: {exc}") from exc
-            link = NixlLink(name)
+            address = alive_nodes().get(self._node_id, {}).get("NodeManagerAddress", "")
+            link = NixlLink(name, devices=ucx_devices(address))
             keep_what_is_loaded()
             return link
 

@@ -29,7 +29,12 @@ END_LIMIT_S = 45.0  # `ray start --block` ends its children, in seconds
 UP = "Ray runtime started"  # what `ray start` says then
 CURRENT = "ray/ray_current_cluster"  # where Ray notes what `ray start` has begun on this host
 LOOK_PERIOD_S = 0.1
-OPTIONS = ("--port=0", "--dashboard-host=127.0.0.1", "--include-dashboard=false")
+OPTIONS = (
+    "--node-ip-address=127.0.0.1",  # nobody on the network can connect, to UCX neither
+    "--port=0",
+    "--dashboard-host=127.0.0.1",
+    "--include-dashboard=false",
+)
 LOG_TAIL_CHARS = 2_000  # of a start that failed
 
 
