@@ -44,6 +44,8 @@ def node(
             "memory_margin_bytes": 64 * GIB,
             "shm_free_bytes": 8 * GIB,
             "rdma_devices": [],
+            "node_address": "198.51.100.2",
+            "listeners": [["::", 16_004], ["198.51.100.2", 37_423]],
         }
         | facts,
         "engine_totals": totals or {},

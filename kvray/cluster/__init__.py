@@ -144,6 +144,7 @@ class Cluster:
             term=seen["term"],
             roster_version=seen["roster_version"],
             split_models=tuple(seen["split_models"]),
+            directory_listeners=tuple(map(tuple, seen["listeners"])),
             nodes=tuple(
                 node_status(
                     node_id,

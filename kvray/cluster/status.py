@@ -91,6 +91,7 @@ class ClusterStatus:
     roster_version: int
     nodes: tuple[NodeStatus, ...]
     split_models: tuple[str, ...] = ()  # whose engines do not all share; kvray doctor says why
+    directory_listeners: tuple[tuple[str, int], ...] = ()  # address and port; see watch.ports
 
     @property
     def hit_tokens(self) -> dict[str, int]:

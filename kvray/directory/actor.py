@@ -43,6 +43,7 @@ from kvray.core.messages import (
     Locate,
     NodeHello,
 )
+from kvray.network import listeners
 
 logger = logging.getLogger("kvray.directory")
 
@@ -131,7 +132,8 @@ class Directory:
     def status(self) -> dict[str, Any]:
         """What the core knows of its nodes and entries, as plain data."""
         with self._deciding() as core:
-            return core.snapshot() | {"retired": self._supervisor.retired()}
+            known = core.snapshot() | {"retired": self._supervisor.retired()}
+        return known | {"listeners": [[one.address, one.port] for one in listeners()]}
 
     def retire(self, node_id: str) -> None:
         """No NodeStore is made on this Ray node any more. A directory that is restarted forgets

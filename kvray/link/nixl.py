@@ -142,7 +142,7 @@ class NixlLink:
     """A Link. name must carry the epoch. Making one takes 0.4 to 1.4 s the first time."""
 
     def __init__(self, name: str, *, transports: str = "", devices: str = "") -> None:
-        """devices: on which UCX may listen and connect, see node.network; empty: all."""
+        """devices: on which UCX may listen and connect, see kvray.network; empty: all."""
         if transports:
             present = os.environ.setdefault("UCX_TLS", transports)
             if present != transports:

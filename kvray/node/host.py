@@ -11,8 +11,8 @@ from typing import Any
 from kvray import __version__
 from kvray.config import SHM_FOLDER
 from kvray.core.way import Counters
+from kvray.network import listeners
 from kvray.node.memory import read_host_memory
-from kvray.node.network import listeners
 from kvray.node.opening import memory_usage_threshold
 
 NIXL_NAMES = ("nixl", "nixl-cu13", "nixl-cu12")
@@ -24,9 +24,10 @@ UCX_SETTINGS = ("UCX_TLS", "UCX_NET_DEVICES", "UCX_IB_GID_INDEX")  # that choose
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-def host_facts() -> dict[str, Any]:
-    """Plain data. memlock_bytes: -1 for no limit. memory_margin_bytes: until Ray kills workers; -1
-    if it does not. boot_id: two nodes with the same one are on one machine.
+def host_facts(node_address: str) -> dict[str, Any]:
+    """Plain data. node_address: by which Ray knows this node. memlock_bytes: -1 for no limit.
+    memory_margin_bytes: until Ray kills workers; -1 if it does not. boot_id: two nodes with the
+    same one are on one machine.
     """
     memory = read_host_memory(Path(SHM_FOLDER))
     threshold = memory_usage_threshold()
@@ -49,6 +50,7 @@ def host_facts() -> dict[str, Any]:
             name: _text(port / "state") or "unknown" for name, port in _ports(INFINIBAND)
         },
         "has_verbs": any(VERBS.glob("uverbs*")),
+        "node_address": node_address,
         "listeners": [[one.address, one.port] for one in listeners()],
         "ucx_settings": {name: os.environ[name] for name in UCX_SETTINGS if name in os.environ},
     }

@@ -39,11 +39,11 @@ from kvray.core.messages import NodeInfo
 from kvray.core.store import StoreCore
 from kvray.errors import KVRayError, LinkError, NodeLostError, SlabError
 from kvray.link.base import Link
+from kvray.network import ucx_devices
 from kvray.node.control import Control
 from kvray.node.host import host_facts
 from kvray.node.inbox import Inbox, Question
 from kvray.node.measuring import DEADLINE_MS, Measured
-from kvray.node.network import ucx_devices
 from kvray.node.opening import left_behind, open_slab, sweep_dead_nodes
 from kvray.node.peers import LinkThread
 from kvray.node.server import LocalServer
@@ -74,6 +74,7 @@ class NodeLoop(threading.Thread):
     def __init__(self, config: Config, node_id: NodeId) -> None:
         super().__init__(name="kvray-node", daemon=True)
         self._config = config
+        self._node_address = ""  # known when the link is made
         self._node_id = node_id
         self._born_s = time.monotonic()
         self._served_after_ms: int | None = None
@@ -162,7 +163,7 @@ class NodeLoop(threading.Thread):
             "cleared_bytes": self._cleared_bytes,
             "served_after_ms": self._served_after_ms,  # engines, since the actor's start
             "runtime_dir": self._config.runtime_dir or default_runtime_dir(),
-            "host_facts": host_facts(),
+            "host_facts": host_facts(self._node_address),
         }
         if self._serving is not None:
             known |= self.ask(Serving.status)
@@ -294,8 +295,9 @@ class NodeLoop(threading.Thread):
                 from kvray.link.nixl import NixlLink
             except ImportError as exc:
                 raise LinkError(f"NIXL can not be loaded: {exc}") from exc
-            address = alive_nodes().get(self._node_id, {}).get("NodeManagerAddress", "")
-            link = NixlLink(name, devices=ucx_devices(address))
+            node = alive_nodes().get(self._node_id, {})
+            self._node_address = node.get("NodeManagerAddress", "")
+            link = NixlLink(name, devices=ucx_devices(self._node_address))
             keep_what_is_loaded()
             return link
 

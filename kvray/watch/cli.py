@@ -29,6 +29,7 @@ from kvray.watch import local_ray
 from kvray.watch.bench import run_benchmarks
 from kvray.watch.doctor import Grade, diagnose, engines_in, verdict
 from kvray.watch.page import LOOPBACK, open_page, page_url
+from kvray.watch.ports import ports_of
 from kvray.watch.tables import NODE_CHARS, status_data, status_view
 from kvray.watch.whereabouts import locate_prompt, one_engine, token_ids_of, where_view
 
@@ -328,7 +329,15 @@ def doctor(
         if as_json:
             checks = [finding.to_dict() for finding in findings]
             measured = [link.to_dict() for link in links]
-            print_json({"ok": not is_ill, "findings": checks, "links": measured, "verdict": said})
+            print_json(
+                {
+                    "ok": not is_ill,
+                    "findings": checks,
+                    "links": measured,
+                    "ports": [port.to_dict() for port in ports_of(seen)],
+                    "verdict": said,
+                }
+            )
         else:
             table = Table("", "check", "found")
             for finding in findings:

@@ -17,6 +17,7 @@ from typing import Any
 
 from kvray.cluster import ClusterStatus, LinkMeasurement, NodeState, NodeStatus
 from kvray.core.way import Outcome, Way
+from kvray.watch.ports import ports_of
 from kvray.watch.tables import NODE_CHARS, engines_of
 
 MIN_MARGIN_SHARE = 0.02  # of the slab: below this Ray is about to kill workers
@@ -67,6 +68,7 @@ def diagnose(
         *_check_nodes(status),
         *_check_versions(ready),
         *_check_hosts(ready),
+        *_check_ports(status),
         *_check_links(ready, links),
         *(_check_rdma(ready, links) if wants_rdma else ()),
         *_check_engines(engines),
@@ -186,6 +188,23 @@ def _check_hosts(nodes: Sequence[NodeStatus]) -> Iterable[Finding]:
                 name,
                 f"slab {node.slab_bytes / 1e9:.2f} GB, /dev/shm has {free_gb:.2f} GB free",
             )
+
+
+def _check_ports(status: ClusterStatus) -> Iterable[Finding]:
+    """Nobody can connect where nobody should: UCX asks no one who connects for anything."""
+    ports = ports_of(status)
+    for port in ports:
+        if not port.expected:
+            yield Finding(
+                Grade.BAD,
+                f"port of {port.process}",
+                f"listens on {port.address}:{port.port}, which is neither loopback nor the address "
+                "of its Ray node. Who connects to UCX can read and write that process's memory: "
+                "set UCX_NET_DEVICES to the interface of the cluster's network, before Ray starts",
+            )
+    if ports and all(port.expected for port in ports):
+        where = sorted({port.address for port in ports})
+        yield Finding(Grade.GOOD, "ports", f"{len(ports)}, on {', '.join(where)}")
 
 
 def _check_links(

@@ -10,6 +10,7 @@ from kvray.core.way import Outcome, Way
 from kvray.errors import ConfigError
 from kvray.watch.cli import parse_settings
 from kvray.watch.doctor import Finding, Grade, diagnose, verdict
+from kvray.watch.ports import ports_of
 from kvray.watch.tables import status_data
 from tests.statuses import FIELDS, cluster, engine, node
 
@@ -258,3 +259,28 @@ def test_settings_are_read_as_json_or_else_as_text() -> None:
     }
     with pytest.raises(ConfigError, match="NAME=VALUE"):
         parse_settings(["lookup_deadline_ms"])
+
+
+def test_a_port_on_another_address_than_the_nodes_is_bad() -> None:
+    """UCX listens on every interface unless it is told otherwise."""
+    listeners = [["::", 16_004], ["198.51.100.2", 37_423], ["203.0.113.9", 37_423]]
+
+    (finding,) = bad(cluster(node("a", engine(), listeners=listeners)))
+
+    assert finding.check == "port of node_store-aaaaaaaa"
+    assert "203.0.113.9:37423" in finding.text
+    assert "UCX_NET_DEVICES" in finding.text
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "198.51.100.2"])
+def test_loopback_and_the_nodes_own_address_are_where_ports_should_be(address: str) -> None:
+    seen = cluster(node("a", engine(), listeners=[["::", 16_004], [address, 37_423]]))
+
+    assert not bad(seen)
+    assert [port.expected for port in ports_of(seen)] == [True, True]
+
+
+def test_one_port_on_all_addresses_is_rays_and_a_second_one_is_not() -> None:
+    seen = cluster(node("a", engine(), listeners=[["::", 16_004], ["::", 37_423]]))
+
+    assert [port.expected for port in ports_of(seen)] == [True, False]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvray.node.network import Listener, interface_of, listeners, ucx_devices
+from kvray.network import Listener, interface_of, listeners, ucx_devices
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.0.1.1", "::1"])
@@ -42,7 +42,7 @@ def test_a_node_on_loopback_has_no_other_device(tmp_path: Path) -> None:
 
 
 def test_rdma_ports_that_work_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvray.node.network.interface_of", lambda _: "eth1")
+    monkeypatch.setattr("kvray.network.interface_of", lambda _: "eth1")
     rdma_port(tmp_path, "mlx5_0", 1, "4: ACTIVE")
     rdma_port(tmp_path, "mlx5_1", 1, "1: DOWN")
     rdma_port(tmp_path, "mlx5_2", 2, "4: ACTIVE")

@@ -1,4 +1,4 @@
-"""On which network interfaces a NodeStore listens.
+"""On which network interfaces kvray's processes listen.
 
 Whoever can open a TCP connection to UCX can read and write this process's memory (SECURITY.md), and
 UCX listens on all interfaces unless it is told on which ones. So it is told: the interface of the
