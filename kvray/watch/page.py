@@ -34,6 +34,10 @@ from kvray.watch.feed import Feed, page_data
 
 logger = logging.getLogger("kvray.watch")
 
+# aiohttp writes a traceback for each request that is none: anybody could fill the log with them.
+_wrong_requests = logging.getLogger("kvray.watch.wrong_requests")
+_wrong_requests.setLevel(logging.CRITICAL + 1)
+
 LOOPBACK = "127.0.0.1"
 WATCHED_PERIOD_S = 1.0
 IDLE_PERIOD_S = 5.0  # history goes on while nobody looks
@@ -78,7 +82,9 @@ class PageServer:
             app.router.add_get(path, _file)
         app.router.add_get("/data", self._data)
         app.on_response_prepare.append(_add_headers)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=CLOSE_S)
+        self._runner = web.AppRunner(
+            app, access_log=None, logger=_wrong_requests, shutdown_timeout=CLOSE_S
+        )
         opened: Future[str] = Future()
         self._thread = threading.Thread(
             target=self._run, args=(port, opened), name="kvray-page", daemon=True
@@ -103,8 +109,15 @@ class PageServer:
         except OSError as exc:
             opened.set_exception(exc)
         finally:
-            self._loop.run_until_complete(self._runner.cleanup())
+            self._loop.run_until_complete(self._cleanup())
             self._loop.close()
+
+    async def _cleanup(self) -> None:
+        await self._runner.cleanup()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:  # of clients that have said half a request
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
 
     async def _open(self, port: int) -> str:
         await self._runner.setup()
@@ -133,7 +146,13 @@ class PageServer:
                 raise web.HTTPUnauthorized(
                     text="this page wants its token: `kvray status --json` has the whole address"
                 )
-        return await handler(request)
+        try:
+            return await handler(request)
+        except web.HTTPException:
+            raise
+        except Exception:
+            logger.exception("a question of the page was not answered")
+            raise
 
     def _is_token(self, given: str) -> bool:
         return hmac.compare_digest(given.encode(), self._token.encode())
