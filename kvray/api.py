@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from kvray import cluster as _cluster
 from kvray.config import Config
+from kvray.core import arguments
 from kvray.core.durations import COPY_DIRECTIONS, VALUES_MS, copy_counts
+from kvray.core.messages import MAX_DEADLINE_MS
 from kvray.core.reasons import tokens_by_reason, tokens_by_source
 from kvray.engine.versions import require_installed
 from kvray.errors import ConfigError, NotAttachedError
@@ -95,7 +97,7 @@ class Attachment:
         told the same version share blocks again; without it a changed engine shares nothing.
         """
         self._require_attached()
-        self._call("kvray_name_weights", version)
+        self._call("kvray_name_weights", arguments.a_text(version, "version"))
 
     def detach(self, deadline_ms: int = DETACH_DEADLINE_MS) -> None:
         """Wait for loads and stores under way, at most deadline_ms, and give the engine back.
@@ -103,6 +105,7 @@ class Attachment:
         What is not done by then is given up: requests compute what they were loading. A second call
         does nothing.
         """
+        arguments.a_duration(deadline_ms, "deadline_ms", at_most=MAX_DEADLINE_MS)
         if not self._attached:
             return
         for _ in _until(deadline_ms):
@@ -133,10 +136,11 @@ class AsyncAttachment:
     async def name_weights(self, version: str) -> None:
         """See Attachment.name_weights."""
         self._require_attached()
-        await self._call("kvray_name_weights", version)
+        await self._call("kvray_name_weights", arguments.a_text(version, "version"))
 
     async def detach(self, deadline_ms: int = DETACH_DEADLINE_MS) -> None:
         """See Attachment.detach."""
+        arguments.a_duration(deadline_ms, "deadline_ms", at_most=MAX_DEADLINE_MS)
         if not self._attached:
             return
         for _ in _until(deadline_ms):

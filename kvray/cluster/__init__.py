@@ -45,6 +45,8 @@ from kvray.cluster.status import (
     raise_failures,
 )
 from kvray.config import Config, EngineConfig
+from kvray.core import arguments
+from kvray.core.messages import MAX_ROSTER_NODES, MAX_WHERE_KEYS
 from kvray.errors import ConfigError, NodeLostError
 
 __all__ = [
@@ -67,6 +69,7 @@ SWEEP_DEADLINE_S = 30.0  # of what cleans up after a silent NodeStore, see node.
 CALL_DEADLINE_S = 10.0  # a Ray call takes a millisecond, an actor that is being restarted 2 s
 LOOK_PERIOD_S = 0.05  # while somebody waits for a node: two Ray calls of a millisecond
 NODE_DEADLINE_S = 2.0  # of a NodeStore's word on itself; one that is silent is shown without it
+MAX_DEADLINE_S = 86_400.0  # of a caller: a day; longer is a mistake in units
 STARTER_BYTES = 8  # of the nonce that tells whose start() has made a directory
 
 
@@ -87,6 +90,10 @@ def start(
     nothing is left behind. NodeLostError if a node is not ready by the deadline.
     """
     refuse_optimized()
+    if config is not None and not isinstance(config, Config):
+        raise ConfigError(f"config is a kvray.Config, or None; found {type(config).__name__}")
+    arguments.a_duration(deadline_s, "deadline_s", at_most=MAX_DEADLINE_S)
+    arguments.a_callback(progress, "progress")
     given = (config.to_dict() if config is not None else {}) | settings
     wanted = Config.parse(given)
     _join_ray()
@@ -163,9 +170,8 @@ class Cluster:
 
     def where(self, *keys: bytes) -> list[list[Location]]:
         """For each key the nodes that the directory believes to have it. A hint, like all of it."""
-        return [
-            [Location(**place) for place in places] for places in self._ask("where", list(keys))
-        ]
+        wanted = arguments.keys(keys, at_most=MAX_WHERE_KEYS)
+        return [[Location(**place) for place in places] for places in self._ask("where", wanted)]
 
     def engine_settings(self) -> dict[str, object]:
         """EngineConfig's fields for an engine on the Ray node of this process."""
@@ -191,11 +197,15 @@ class Cluster:
         Raises ConfigError, SlabError or SlabBusyError if a node can not start (node_count given:
         only NodeLostError, at the deadline).
         """
+        if node_count is not None:
+            arguments.a_number(node_count, "node_count", 1, MAX_ROSTER_NODES)
+        arguments.a_duration(deadline_s, "deadline_s", at_most=MAX_DEADLINE_S)
+        arguments.a_callback(progress, "progress")
         self._await_nodes(node_count, deadline_s, progress, insists=node_count is None)
 
     def recent(self, node_id: str) -> list[tuple[int, str]]:
         """The last events of a node's core: how many ms ago, and what. Raises NodeLostError."""
-        store = self._node_stores([node_id]).get(node_id)
+        store = self._node_stores([arguments.a_node_id(node_id)]).get(node_id)
         if store is None:
             raise NodeLostError(f"node {node_id} has no NodeStore; see status()")
         events: list[tuple[int, str]] = self._ask_actor(
@@ -207,6 +217,7 @@ class Cluster:
         """How long reads between each two nodes take, how fast and which way their bytes come;
         both ways, one after another, 40 MiB each. Of a large cluster a part (see cluster.links).
         """
+        arguments.a_callback(progress, "progress")
         nodes = self.nodes()
         stores = self._node_stores([node.node_id for node in nodes])
         return measure_links(nodes, stores, progress)
@@ -223,6 +234,8 @@ class Cluster:
         counted in the answer. May be repeated, if it broke off. Raises NodeLostError if the node
         or the directory does not answer.
         """
+        arguments.a_node_id(node_id)
+        arguments.a_callback(progress, "progress")
         nodes = {node.node_id: node for node in self.nodes()}
         stores = self._node_stores(list(nodes))
         if node_id not in stores:
@@ -258,6 +271,7 @@ class Cluster:
         that does not takes up to SWEEP_DEADLINE_S more. Raises NodeLostError that names what is
         left, if anything is.
         """
+        arguments.a_duration(deadline_s, "deadline_s", at_most=MAX_DEADLINE_S)
         settings: dict[str, object] = {"cluster_name": self.name}
         with contextlib.suppress(NodeLostError):
             settings = self._origin().config.to_dict()

@@ -6,10 +6,11 @@ RemoteProtocolError with what was expected and what was found.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 from kvray.core.header_page import MAX_AHEAD_MS, MAX_NODE_ID_BYTES
 from kvray.core.ids import KEY_BYTES, BlockKey, Epoch, NodeId
-from kvray.core.messages import MAX_EPOCH
+from kvray.core.messages import MAX_EPOCH, MAX_NAME_BYTES
 from kvray.errors import RemoteProtocolError
 
 MAX_SHOWN_CHARS = 80  # of a wrong value, in an error
@@ -62,6 +63,25 @@ def a_number(found: object, what: str, least: int, most: int) -> int:
     if type(found) is not int or not least <= found <= most:
         raise _unfit(f"{what} of {least} to {most}", found)
     return found
+
+
+def a_duration(found: object, what: str, *, at_most: float) -> float:
+    """A number of seconds or milliseconds, as the name of the argument says."""
+    is_number = type(found) in (int, float)
+    if not is_number or not 0 <= cast("float", found) <= at_most:  # no nan is
+        raise _unfit(f"{what} of 0 to {at_most:g}", found)
+    return cast("float", found)
+
+
+def a_text(found: object, what: str) -> str:
+    if type(found) is not str or not 0 < len(found) <= MAX_NAME_BYTES or not found.isprintable():
+        raise _unfit(f"{what} of 1 to {MAX_NAME_BYTES} printable characters", found)
+    return found
+
+
+def a_callback(found: object, what: str) -> None:
+    if found is not None and not callable(found):
+        raise _unfit(f"{what}: a function, or None", found)
 
 
 def a_flag(found: object, what: str) -> bool:

@@ -48,6 +48,7 @@ MAX_WRITING_LISTED = 4_096  # (slot, generation) pairs an engine may list in Hel
 
 # Of the control messages. With these, each of them stays below MAX_CALL_BYTES.
 MAX_CHANGES_PER_ANNOUNCE = 131_072  # adds, and as many removes: 41 and 16 bytes each
+MAX_WHERE_KEYS = 65_536  # that a person asks for at once: a prompt of 8 million tokens
 MAX_LOCATE_KEYS = 16_384  # 16 full lookups in one call
 MAX_SOURCES_PER_KEY = 8  # a fetch tries two or three; 16,384 keys with 8 sources are 3.9 MB
 # Of one announce: what goes before the next one, since a store announces each few ms while it

@@ -39,6 +39,7 @@ from kvray.core.directory import TICK_MS, DirectoryCore
 from kvray.core.ids import Term
 from kvray.core.messages import (
     MAX_CALL_BYTES,
+    MAX_WHERE_KEYS,
     Announce,
     Locate,
     NodeHello,
@@ -48,7 +49,6 @@ from kvray.network import listeners
 logger = logging.getLogger("kvray.directory")
 
 NODES_PERIOD_S = 1.0  # a new node waits so long for its NodeStore; ray.nodes() is 0.4 to 0.8 ms
-MAX_WHERE_KEYS = 65_536  # of one call: a prompt of 8 million tokens
 NAMES_PERIOD_S = 5.0  # how soon a NodeStore that somebody killed for good is missed
 
 Place = Callable[[dict[str, object], str], None]  # (Config.to_dict(), Ray node id)

@@ -9,13 +9,14 @@ from random import Random
 
 from rich.console import Console
 
-from tests.fuzz import codec, page, server
+from tests.fuzz import arguments, codec, page, server
 from tests.fuzz.outcome import Outcome
 
 TARGETS: dict[str, Callable[[Random, float], Outcome]] = {
     "codec": codec.run,
     "server": server.run,
     "page": page.run,
+    "arguments": arguments.run,
 }
 SECONDS = 20.0
 
@@ -34,6 +35,8 @@ def main() -> int:
     for name in options.only or TARGETS:
         outcome = TARGETS[name](Random(f"{name}/{options.seed}"), options.seconds)
         found[name] = {"cases": outcome.cases, "failures": len(outcome.failures)}
+        if outcome.methods:
+            found[name]["methods"] = outcome.methods
         console.print(f"{name}: {outcome.cases:,} cases, {len(outcome.failures)} failures")
         for text in outcome.failures:
             console.print(f"  {text}")

@@ -13,6 +13,7 @@ class Outcome:
     """failures: what went wrong, each with what repeats it."""
 
     cases: int = 0
+    methods: int = 0  # that were called, where that is what is counted
     failures: list[str] = field(default_factory=list)
 
     def fail(self, text: str) -> None:

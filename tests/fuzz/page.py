@@ -18,8 +18,10 @@ REQUESTS = (
     b"GET /data?token=x HTTP/1.1\r\nHost: 127.0.0.1:80\r\nCookie: kvray-token=y\r\n\r\n",
     b"GET /page.js HTTP/1.0\r\nHost: [::1]\r\nConnection: keep-alive\r\n\r\n",
     b"POST /data HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\nabcd",
-    b"PUT /%2e%2e/page.py HTTP/1.1\r\nHost: localhost\r\n"
-    b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    (
+        b"PUT /%2e%2e/page.py HTTP/1.1\r\nHost: localhost\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    ),
 )
 
 
