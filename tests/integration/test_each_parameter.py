@@ -21,7 +21,7 @@ from tests.models import tiny
 from tests.prompts import full_chunks, prompt_of
 from tests.ray_nodes import Nodes, running_nodes
 
-pytestmark = [pytest.mark.heavy]
+pytestmark = [pytest.mark.heavy, pytest.mark.engine]
 
 TOKENS = 700
 CHANGED = "model.layers.3.mlp.up_proj.weight"

@@ -17,7 +17,7 @@ from tests.oracle import Lora, Oracle
 from tests.prompts import CHUNK_TOKENS, full_chunks, prompt_of
 from tests.ray_nodes import Nodes, running_nodes
 
-pytestmark = [pytest.mark.heavy]
+pytestmark = [pytest.mark.heavy, pytest.mark.engine]
 
 TOKENS = 700
 
