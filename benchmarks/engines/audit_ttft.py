@@ -6,10 +6,15 @@
 B has other batch limits than A, so it is another maker: it has to come to trust A by itself, and
 what it stores of its own earns the credit for audits of A's blocks. What is asked for again is in
 B's own node: a hit as quick as any, on which a cost shows most.
+
+Two engines that are alike differ by some percent for as long as they live (where their memory
+lies), which is more than an audit costs. So there are two of B, and at half time they change
+places: each is attached to the other cluster, and half of either median is of either engine.
 """
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -26,8 +31,12 @@ from benchmarks.engines.audit_world import (
     wrong,
 )
 from kvray.core.reasons import MissReason, tokens_by_reason
+from tests import in_engine
 from tests.engines import Answer, Engine
 from tests.prompts import CHUNK_TOKENS, full_chunks
+from tests.ray_nodes import Nodes
+
+Documents = Sequence[list[int]]
 
 OTHER_BATCH_TOKENS = 2_048  # of a step; an engine with other limits is another maker
 
@@ -59,75 +68,114 @@ class Cost:
 
 @dataclass
 class _Side:
-    """One B, and what was measured on it."""
+    """One cluster's node 1, whichever B is attached there, and what was measured on it."""
 
-    b: Instance
+    nodes: Nodes
     ttft_ms: list[float] = field(default_factory=list)
-    answers: list[Answer] = field(default_factory=list)
     no_hits: int = 0
+    requests: int = 0
+    wrong_answers: int = 0
+    counters: Counter[str] = field(default_factory=Counter)
 
-    def ask(self, document: list[int]) -> None:
+    def ask(self, b: Instance, document: list[int], control: Answer) -> None:
         """The device has forgotten the document. One that is audited is no whole hit."""
-        self.b.finish_stores()
-        self.b.forget_device()
-        answer = self.b.ask(document)
-        self.answers.append(answer)
+        b.finish_stores()
+        b.forget_device()
+        answer = b.ask(document)
+        self._note([answer], [control])
         if answer.cached_tokens < full_chunks(len(document)) - CHUNK_TOKENS:
             self.no_hits += 1
         else:
             self.ttft_ms.append(answer.ttft_ms)
 
+    def ask_first(self, b: Engine, documents: Documents, controls: Sequence[Answer]) -> None:
+        """All of them, which may be on A's node only."""
+        assert b.reset_prefix_cache()
+        self._note(ask_all(b, documents), controls)
+
+    def ask_filler(self, b: Instance, prompt: list[int]) -> None:
+        b.ask(prompt)
+        self.requests += 1
+
+    def attach(self, b: Engine, a: Engine) -> tuple[float, str | None]:
+        """Seconds from the attach to the verdict on A, and the verdict."""
+        settings = self.nodes.cluster.engine_settings() | {"node_id": self.nodes.node_ids[1]}
+        b.call(in_engine.attach, settings)
+        begun_s = time.monotonic()
+        seen = wait_verdict(self.nodes, b, a)
+        return time.monotonic() - begun_s, seen
+
+    def detach(self, b: Engine) -> None:
+        self.counters.update(counters_of(b))
+        b.call(in_engine.detach)
+
+    def _note(self, answers: Sequence[Answer], controls: Sequence[Answer]) -> None:
+        self.requests += len(answers)
+        self.wrong_answers += wrong(answers, controls)
+
 
 def measure_cost(
     stage: Scene,
-    documents: Sequence[list[int]],
+    documents: Documents,
     controls: Sequence[Answer],
-    filler: Sequence[list[int]],
+    filler: Documents,
     *,
     a: Engine,
     twin: Engine,
     rounds: int,
 ) -> Cost:
-    """a, twin: have stored the documents, on node 0 of nodes and of off. rounds: questions of
-    either B.
+    """a, twin: have stored the documents, on node 0 of nodes and of off. rounds: questions on
+    either side.
     """
     before = audited_chunks(stage.nodes)
-    b, b_off = (
-        stage.start(nodes, 1, max_num_batched_tokens=OTHER_BATCH_TOKENS)
-        for nodes in (stage.nodes, stage.off)
-    )
-    with ending(b):
-        begun_s = time.monotonic()
-        seen = wait_verdict(stage.nodes, b, a)
-        trusted_s = time.monotonic() - begun_s
-        with ending(b_off):
-            wait_verdict(stage.off, b_off, twin)
-            pairs = ((b, stage.nodes, [b_off]), (b_off, stage.off, [b]))
-            on, off = sides = [_Side(Instance(Mode.P2P, 1, *pair)) for pair in pairs]
-            first = [ask_all(side.b.engine, documents) for side in sides]
-            for number in range(rounds):
+    pair = [
+        stage.start(
+            None,
+            max_num_batched_tokens=OTHER_BATCH_TOKENS,
+            environment={"RAY_ADDRESS": stage.nodes.ray_cluster.address},
+        )
+        for _ in range(2)
+    ]
+    on, off = sides = _Side(stage.nodes), _Side(stage.off)
+    halves = [range(rounds // 2), range(rounds // 2, rounds)]
+    verdicts = []
+    with ending(*pair):
+        for half, engines in zip(halves, (pair, pair[::-1]), strict=True):
+            seen = [
+                side.attach(b, other)
+                for side, b, other in zip(sides, engines, (a, twin), strict=True)
+            ]
+            verdicts.append(seen[0])
+            told = [
+                Instance(Mode.P2P, 1, b, side.nodes, [other])
+                for b, side, other in zip(engines, sides, engines[::-1], strict=True)
+            ]
+            for side, b in zip(sides, engines, strict=True):
+                side.ask_first(b, documents, controls)
+            for number in half:
+                both = list(zip(sides, told, strict=True))
                 for prompt in filler[number::rounds]:
-                    for side in sides:
-                        side.b.ask(prompt)
-                for side in sides if number % 2 else reversed(sides):
-                    side.ask(documents[number % len(documents)])
-            assert not audited_chunks(stage.off), "a cluster without audits has made one"
-        counters = counters_of(b)
-        audits = audited_chunks(stage.nodes) - before
-    missed = tokens_by_reason([counters])
-    asked = [controls[number % len(documents)] for number in range(rounds)]
+                    for side, b in both:
+                        side.ask_filler(b, prompt)
+                which = number % len(documents)
+                for side, b in both if number % 2 else both[::-1]:
+                    side.ask(b, documents[which], controls[which])
+            for side, b in zip(sides, engines, strict=True):
+                side.detach(b)
+    assert not audited_chunks(stage.off), "a cluster without audits has made one"
+    missed = tokens_by_reason([on.counters])
+    trusted_s, seen_first = verdicts[0]
     return Cost(
-        trusted_after_s=round(trusted_s, 3) if seen == EQUAL else None,
+        trusted_after_s=round(trusted_s, 3) if seen_first == EQUAL else None,
         ttft_ms={
             name: round(statistics.median(side.ttft_ms or [0.0]), 2)
             for name, side in (("on", on), ("off", off))
         },
         no_hits=on.no_hits + off.no_hits,
-        audited_chunks=audits,
+        audited_chunks=audited_chunks(stage.nodes) - before,
         missed=missed,
         extra_prefill_share=missed.get(MissReason.AUDITED, 0) / sum(missed.values()),
-        loaded_tokens=loaded_tokens(counters),
-        requests=2 * (len(documents) + len(filler) + rounds),
-        wrong_answers=sum(wrong(answers, controls) for answers in first)
-        + sum(wrong(side.answers, asked) for side in sides),
+        loaded_tokens=loaded_tokens(on.counters),
+        requests=on.requests + off.requests,
+        wrong_answers=on.wrong_answers + off.wrong_answers,
     )
