@@ -146,20 +146,20 @@ def measure_cost(
                 for side, b, other in zip(sides, engines, (a, twin), strict=True)
             ]
             verdicts.append(seen[0])
-            told = [
+            instances = [
                 Instance(Mode.P2P, 1, b, side.nodes, [other])
                 for b, side, other in zip(engines, sides, engines[::-1], strict=True)
             ]
             for side, b in zip(sides, engines, strict=True):
                 side.ask_first(b, documents, controls)
+            both = list(zip(sides, instances, strict=True))
             for number in half:
-                both = list(zip(sides, told, strict=True))
                 for prompt in filler[number::rounds]:
-                    for side, b in both:
-                        side.ask_filler(b, prompt)
+                    for side, instance in both:
+                        side.ask_filler(instance, prompt)
                 which = number % len(documents)
-                for side, b in both if number % 2 else both[::-1]:
-                    side.ask(b, documents[which], controls[which])
+                for side, instance in both if number % 2 else both[::-1]:
+                    side.ask(instance, documents[which], controls[which])
             for side, b in zip(sides, engines, strict=True):
                 side.detach(b)
     assert not audited_chunks(stage.off), "a cluster without audits has made one"
