@@ -338,7 +338,7 @@ class Lookups(OffloadingManager):
         return MissReason.NODE_STORE_SLOW if is_there else MissReason.NO_NODE_STORE
 
     def _reason(self, view: RequestView) -> MissReason:
-        if not view.state.may_store or self.slot_bytes is None or self.draining:
+        if view.state.is_barred or self.slot_bytes is None or self.draining:
             return MissReason.BYPASSED
         if view.prompt.why is not None:
             return view.prompt.why

@@ -77,11 +77,17 @@ class RequestState(Enum):
     def may_store(self) -> bool:
         return self in _STORING
 
+    @property
+    def is_barred(self) -> bool:
+        """It goes without kvray, for the rest of its life."""
+        return self in _BARRED
+
 
 _LOADING = frozenset({RequestState.LOADING, RequestState.LOADING_BARRED, RequestState.LEFT})
 _ANSWERED = frozenset({RequestState.EARLY, RequestState.ASKED, RequestState.OVERDUE})
 _WITH_TICKET = _LOADING | _ANSWERED
 _HELD = frozenset({RequestState.EARLY, RequestState.ASKED, RequestState.UNASKED})
+_BARRED = frozenset({RequestState.BARRED, RequestState.LOADING_BARRED})
 _STORING = _ANSWERED | {RequestState.OPEN, RequestState.UNASKED, RequestState.MISSING}
 
 

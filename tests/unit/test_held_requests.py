@@ -377,3 +377,18 @@ def test_a_request_that_was_never_answered_says_so(engine: Engine) -> None:
     assert engine.ask("a") is LookupResult.MISS
     engine.lookups.admitted("a", prompt_tokens=256, external_tokens=0)
     assert engine.lookups.counters["miss_tokens_node_store_slow"] == 256
+
+
+def test_what_is_computed_behind_a_hit_has_the_reason_of_its_first_miss(engine: Engine) -> None:
+    """It is being loaded when it is counted, and nothing of it was barred."""
+    ticket = engine.begin("a")
+    ticket.answered = True
+    ticket.states[:] = bytes([KeyState.HIT, KeyState.MISS])
+    ticket.causes = {1: MissReason.AUDITED}
+    assert engine.ask("a") is LookupResult.HIT
+    engine.lookups.prepare_load([KEYS[0]], ReqContext(req_id="a"))
+
+    engine.lookups.admitted("a", prompt_tokens=300, external_tokens=128)
+
+    assert engine.lookups.counters["miss_tokens_audited"] == 128
+    assert engine.lookups.counters["miss_tokens_tail"] == 44
