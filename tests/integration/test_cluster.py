@@ -293,7 +293,7 @@ def test_a_node_of_another_version_is_refused_by_name_and_not_misread(
     directory: Any = ray.get_actor("kvray:default:directory", namespace=RAY_NAMESPACE)
     info = NodeInfo(
         node_id=NodeId("ab" * 28),
-        epoch=Epoch(2**50),
+        epoch=Epoch(2**45),
         link_name="another",
         link_metadata=b"m",
         slab_id=SlabId(bytes(16)),
