@@ -21,6 +21,7 @@ NGINX_PACKAGES := $(shell grep -v '^\#' requirements/nginx-packages.txt)
 # Upper bounds of one run, in seconds: .ci/run has 60 minutes for those that it runs.
 QUICK_LIMIT_S := 600
 QUICK_SEEDS := 40
+FUZZ_SECONDS := 60
 TEST_LIMIT_S := 2700
 SLOW_LIMIT_S := 1800
 RAY_LLM_LIMIT_S := 2400
@@ -35,7 +36,7 @@ pytest = $(1)/bin/python -m tests.contained --limit-s $(2) -- $(1)/bin/python -m
 
 .PHONY: help system system-test system-cluster system-nginx install install-ray-llm install-gpu \
     demo demo-serve demo-nginx test test-quick test-rest test-slow test-all test-cluster test-gpu test-ray-llm \
-    test-ray-llm-slow wheel test-wheel install-wheel from-wheel sim mutants faults bench pictures \
+    test-ray-llm-slow fuzz wheel test-wheel install-wheel from-wheel sim mutants faults bench pictures \
     lint format clean
 
 help:
@@ -52,6 +53,7 @@ help:
 	@echo 'make test-gpu      copies on a GPU: tests and the table of benchmarks/gpu.py; without vLLM'
 	@echo 'make test-ray-llm  the engine tests with the pair of ray[llm], and Ray Serve LLM'
 	@echo 'make test-ray-llm-slow   what of Ray Serve LLM is slower'
+	@echo 'make fuzz          hostile bytes, requests and arguments, a minute of each kind'
 	@echo 'make sim           2,000 seeds of the cluster simulator, about a quarter of an hour'
 	@echo 'make mutants       bugs planted one at a time: each must be caught'
 	@echo 'make faults        real faults under load, about twenty minutes'
@@ -150,7 +152,11 @@ test-rest: system-test install
 test-slow: system-test system-cluster system-nginx install
 	$(call pytest,$(VENV),$(SLOW_LIMIT_S)) -m 'slow and not ray_llm' $(ARGS)
 
-test-all: test test-slow
+fuzz: install
+	@$(VENV)/bin/python -m tests.contained --limit-s $(QUICK_LIMIT_S) -- \
+	    $(VENV)/bin/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(ARGS)
+
+test-all: test test-slow fuzz
 
 wheel: install
 	$(VENV)/bin/python -m build
