@@ -73,7 +73,7 @@ u32 = st.integers(0, 2**32 - 1)
 sizes = st.integers(1, 2**32 - 1)
 slot_sizes = st.integers(1, MAX_EXTENT_BYTES)
 epochs = st.integers(0, MAX_EPOCH)
-names = st.text(max_size=20)
+names = st.text(max_size=20).filter(str.isprintable)
 key = st.binary(min_size=16, max_size=16)
 slab_id = namespaces = key
 slot_rows = st.lists(st.tuples(u32, u64, u64), max_size=6)
