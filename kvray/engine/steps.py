@@ -1,7 +1,8 @@
 """Where kvray is called between the steps of an engine, in vLLM's two loops.
 
     EngineCoreProc   the loop of a process of its own: before its first turn, and before each step
-    InprocClient     an engine in its front end's process: after its start, and before each step
+    InprocClient     an engine in its front end's process: after its start, before each request that
+                     comes, and before each step
 
 Two things happen there. The canary is computed as soon as the engine can compute (see canary).
 
@@ -27,6 +28,8 @@ def install() -> None:
     _before(EngineCoreProc, "_process_engine_step", _before_step_of_process)
     _before(InprocClient, "get_output", lambda client: _before_step(client.engine_core, _nobody))
     _after(InprocClient, "__init__", lambda client: prove(client.engine_core))
+    # Where kvray has come only with the connector, that start is under way already.
+    _before(InprocClient, "add_request", lambda client: prove(client.engine_core))
 
 
 def prove_after(engine_core_class: Any, name: str) -> None:
