@@ -124,4 +124,8 @@ def test_a_window_keeps_its_last_chunks_and_every_group_is_proven(
 ) -> None:
     engine = engine_factory(tiny_gemma2(), kv_transfer_config=nodes.transfer(0))
 
+    uncached = engine.call(in_engine.stats)["uncached"]
+    if uncached:
+        assert "several cache groups" in uncached  # vLLM 0.29, said by name
+        return
     assert engine.call(in_engine.canary)["state"] == "proven"
