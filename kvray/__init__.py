@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvray.config import Config, EngineConfig
     from kvray.core.reasons import MissReason
     from kvray.errors import (
+        ArgumentError,
         ConfigError,
         KVRayError,
         LinkError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         RemoteProtocolError,
         SlabBusyError,
         SlabError,
+        UntrustedError,
         VersionMismatchError,
     )
 
@@ -37,6 +39,7 @@ _HOME = {
     "kvray.config": ("Config", "EngineConfig"),
     "kvray.core.reasons": ("MissReason",),
     "kvray.errors": (
+        "ArgumentError",
         "ConfigError",
         "KVRayError",
         "LinkError",
@@ -47,12 +50,14 @@ _HOME = {
         "RemoteProtocolError",
         "SlabBusyError",
         "SlabError",
+        "UntrustedError",
         "VersionMismatchError",
     ),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "ArgumentError",
     "AsyncAttachment",
     "Attachment",
     "AttachmentStats",
@@ -72,6 +77,7 @@ __all__ = [
     "RemoteProtocolError",
     "SlabBusyError",
     "SlabError",
+    "UntrustedError",
     "VersionMismatchError",
     "attach",
     "connect",

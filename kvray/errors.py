@@ -2,6 +2,7 @@
 
     KVRayError
      ├── ConfigError            a setting is wrong; nothing has been started or allocated
+     ├── ArgumentError          what a caller handed over is not what is taken; a ValueError as well
      ├── NotAttachedError       an engine can not be attached, or is not
      ├── MissingPackageError    a package is not installed; an ImportError as well
      ├── UntrustedError         a folder, file or socket that another user could have put there
@@ -23,6 +24,10 @@ class KVRayError(Exception):
 
 class ConfigError(KVRayError):
     """A setting is unknown, out of range or does not fit this machine."""
+
+
+class ArgumentError(KVRayError, ValueError):
+    """An argument of a public method is not what it takes. Nothing was done."""
 
 
 class NotAttachedError(KVRayError):

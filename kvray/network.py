@@ -1,9 +1,9 @@
 """On which network interfaces kvray's processes listen.
 
-Whoever can open a TCP connection to UCX can read and write this process's memory (SECURITY.md), and
-UCX listens on all interfaces unless it is told on which ones. So it is told: the interface of the
-address that Ray knows this node by, and the RDMA devices. Where that address is loopback, as in a
-cluster that `kvray start` has begun, nobody on the network can connect.
+A process that can open a TCP connection to UCX can read and write this process's memory
+(SECURITY.md), and UCX listens on all interfaces unless it is told on which ones. So it is told: the
+interface of the address that Ray knows this node by, and the RDMA devices. Where that address is
+loopback, as in a cluster that `kvray start` has begun, nobody on the network can connect.
 """
 
 import fcntl

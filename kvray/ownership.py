@@ -60,8 +60,8 @@ def read_own_file(path: str) -> bytes:
 
 
 def peer_of(sock: socket.socket) -> tuple[int, int]:
-    """pid and uid of the process at the other end of a unix socket, by the kernel's word: who
-    listened or connected, whoever has the descriptor since.
+    """pid and uid of the process at the other end of a unix socket, by the kernel's word: of the
+    one that listened or connected, also where another one has the descriptor since.
     """
     pid, uid, _ = PEER_CREDENTIALS.unpack(
         sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER_CREDENTIALS.size)

@@ -2,7 +2,7 @@
 
 A wrong argument is the caller's error, and no bug: it must be told before it can reach an assert,
 since a bug ends the process that it is found in. Each function returns what it was given, or raises
-RemoteProtocolError with what was expected and what was found.
+ArgumentError with what was expected and what was found.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import cast
 from kvray.core.header_page import MAX_AHEAD_MS, MAX_NODE_ID_BYTES
 from kvray.core.ids import KEY_BYTES, BlockKey, Epoch, NodeId
 from kvray.core.messages import MAX_EPOCH, MAX_NAME_BYTES
-from kvray.errors import RemoteProtocolError
+from kvray.errors import ArgumentError
 
 MAX_SHOWN_CHARS = 80  # of a wrong value, in an error
 
@@ -26,7 +26,7 @@ def keys(found: object, *, at_most: int) -> list[BlockKey]:
     if not isinstance(found, Sequence) or isinstance(found, (str, bytes, bytearray, memoryview)):
         raise _unfit("a list of keys", found)
     if len(found) > at_most:
-        raise RemoteProtocolError(f"expected at most {at_most} keys, found {len(found)}")
+        raise ArgumentError(f"expected at most {at_most} keys, found {len(found)}")
     return [a_key(key) for key in found]
 
 
@@ -53,7 +53,7 @@ def a_time(found_ms: int, what: str, *, now_ms: int) -> None:
     ever, and its node could never come back with a higher one.
     """
     if found_ms > now_ms + MAX_AHEAD_MS:
-        raise RemoteProtocolError(
+        raise ArgumentError(
             f"expected {what} of today, found {found_ms}: it is {(found_ms - now_ms) // 3_600_000} "
             "hours ahead of the directory's clock. Set that host's clock"
         )
@@ -97,6 +97,6 @@ def a_message(found: object) -> bytes:
     return found
 
 
-def _unfit(expected: str, found: object) -> RemoteProtocolError:
+def _unfit(expected: str, found: object) -> ArgumentError:
     shown = repr(found) if isinstance(found, (int, float, str, bytes)) else type(found).__name__
-    return RemoteProtocolError(f"expected {expected}, found {shown[:MAX_SHOWN_CHARS]}")
+    return ArgumentError(f"expected {expected}, found {shown[:MAX_SHOWN_CHARS]}")

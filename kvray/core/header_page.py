@@ -77,7 +77,6 @@ _CHANGING = ("epoch", "generation_mark", "owner_pid", "owner_start_ticks")
 _VALUE = (1 << NUMBER_BITS) - 1
 
 Page = npt.NDArray[Any]  # HEADER_PAGE_DTYPE, shape (1,)
-Row = npt.NDArray[Any]  # CLIENT_DTYPE, shape ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +153,7 @@ _ROLES = frozenset(int(role) for role in Role)
 
 
 def damage(page: Page, *, wall_clock_ms: int) -> str:
-    """What of a page of our format can not be true; empty if nothing is known."""
+    """What of a page of our format cannot be true; empty if nothing is known."""
     if int(page["sum"][0]) != fixed_sum(page):
         return "its header page is damaged"
     numbers = {name: read_number(page, name) for name in _CHANGING}

@@ -161,6 +161,11 @@ class KVRayConnector(OffloadingConnector):
             self.lookups.slot_bytes = None
             logger.warning("kvray: this engine runs uncached: %s", why)
 
+    @property
+    def is_proven(self) -> bool:
+        """It has computed its canary, with the weights of now."""
+        return self._proving is not None and self._proving.canary.proof is not None
+
     @guarded(nothing, also_off=True)
     def end_canary(self, engine_core: Any) -> None:
         """A connector leaves the engine: nobody would read a canary that is still computed."""

@@ -29,7 +29,7 @@ def install() -> None:
     _before(InprocClient, "get_output", lambda client: _before_step(client.engine_core, _nobody))
     _after(InprocClient, "__init__", lambda client: prove(client.engine_core))
     # Where kvray has come only with the connector, that start is under way already.
-    _before(InprocClient, "add_request", lambda client: prove(client.engine_core))
+    _before(InprocClient, "add_request", lambda client: _prove_at_first(client.engine_core))
 
 
 def prove_after(engine_core_class: Any, name: str) -> None:
@@ -80,6 +80,15 @@ def prove(core: Any) -> None:
     """Compute the canary as far as it is due, in an engine with kvray; between two steps."""
     connector = _connector(core)
     if connector is not None:
+        connector.prove(core)
+
+
+def _prove_at_first(core: Any) -> None:
+    """Only an engine that is not proven yet: else each request would wait where a slab has no room
+    for the canary, or where a NodeStore does not answer.
+    """
+    connector = _connector(core)
+    if connector is not None and not connector.is_proven:
         connector.prove(core)
 
 

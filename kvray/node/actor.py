@@ -19,7 +19,7 @@ from kvray.actors import (
 from kvray.config import MAX_EXTENT_BYTES, Config
 from kvray.core import arguments
 from kvray.core.ids import NodeId
-from kvray.errors import RemoteProtocolError
+from kvray.errors import ArgumentError
 
 logger = logging.getLogger("kvray.node")
 
@@ -86,7 +86,7 @@ class NodeStore:
         """
         names = arguments.keys(keys, at_most=MAX_TAKE_OVER_KEYS)
         if not names or len(set(names)) != len(names):
-            raise RemoteProtocolError(f"expected different keys, found {len(names)} in all")
+            raise ArgumentError(f"expected different keys, found {len(names)} in all")
         of_each = arguments.sizes(sizes, count=len(names), at_most=MAX_EXTENT_BYTES)
         wants = list(zip(names, of_each, strict=True))
         return self._loop.take_over(wants, deadline_s=TAKE_OVER_DEADLINE_S)

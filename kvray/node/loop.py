@@ -74,7 +74,7 @@ class NodeLoop(threading.Thread):
     def __init__(self, config: Config, node_id: NodeId) -> None:
         super().__init__(name="kvray-node", daemon=True)
         self._config = config
-        self._node_address = ""  # known when the link is made
+        self._node_address = ""  # by which Ray knows this node; asked when it begins
         self._node_id = node_id
         self._born_s = time.monotonic()
         self._served_after_ms: int | None = None
@@ -210,6 +210,8 @@ class NodeLoop(threading.Thread):
     def _live(self) -> None:
         """From nothing to the end. Raises KVRayError if it can not serve."""
         runtime = runtime_directory(self._config.runtime_dir)
+        node = alive_nodes().get(self._node_id, {})
+        self._node_address = node.get("NodeManagerAddress", "")
         slab = open_slab(self._config, self._node_id, runtime=runtime, on_progress=self._on_cleared)
         self._cleared_bytes = self._slab_bytes = slab.geometry.slab_bytes
         self._stage = Phase.LINKING
@@ -295,8 +297,6 @@ class NodeLoop(threading.Thread):
                 from kvray.link.nixl import NixlLink
             except ImportError as exc:
                 raise LinkError(f"NIXL can not be loaded: {exc}") from exc
-            node = alive_nodes().get(self._node_id, {})
-            self._node_address = node.get("NodeManagerAddress", "")
             link = NixlLink(name, devices=ucx_devices(self._node_address))
             keep_what_is_loaded()
             return link

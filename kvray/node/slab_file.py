@@ -92,7 +92,7 @@ def runtime_directory(folder: Path | str | None = None) -> Path:
     missing, mode 0700.
 
     Every process of a cluster on this host must come to the same answer. Raises UntrustedError if
-    another user could put something there, ConfigError if it can not be made.
+    another user could put something there, ConfigError if it cannot be made.
     """
     folder = Path(folder or default_runtime_dir()).absolute()
     try:
@@ -183,7 +183,7 @@ def open_slab_file(path: Path) -> int | None:
         ) from exc
     found = os.fstat(descriptor)
     if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
-        os.fchmod(descriptor, 0o600)  # whoever has opened it to others
+        os.fchmod(descriptor, 0o600)  # another mode is somebody's mistake
         return descriptor
     os.close(descriptor)
     raise SlabError(

@@ -69,7 +69,7 @@ class PageServer:
         self, snapshot: Callable[[], dict[str, Any]], *, host: str, port: int, token: str = ""
     ) -> None:
         """port 0: any free one. token: who has it may look; without one anybody on loopback, and
-        elsewhere those who have the one in `url`. Raises OSError if the port can not be had.
+        elsewhere those who have the one in `url`. Raises OSError if the port cannot be had.
         """
         self._token = token or ("" if _is_loopback(host) else secrets.token_urlsafe(TOKEN_BYTES))
         self.asked_s = 0.0  # when somebody last looked, by time.monotonic
@@ -242,7 +242,7 @@ class Page:
 
 def open_page(cluster: Cluster, *, host: str = LOOPBACK, port: int = 0, token: str = "") -> str:
     """Serve the page of this cluster from its head node, if nobody does yet; its address, with its
-    token if it has one. Raises NodeLostError if it can not be opened there.
+    token if it has one. Raises NodeLostError if it cannot be opened there.
     """
     name = page_name(cluster.name)
     heads = [

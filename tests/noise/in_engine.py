@@ -85,7 +85,7 @@ def behind_a_load(llm: Any, way: str, prompts: Sequence[Sequence[int]]) -> int:
 
 
 def compute_anew(llm: Any, prompts: Sequence[Sequence[int]]) -> None:
-    """All in one batch, whoever may have them: what is computed is offered to be stored."""
+    """All in one batch, of any engine: what is computed is offered to be stored."""
     from vllm import SamplingParams
 
     llm.generate(

@@ -163,7 +163,7 @@ def _by_pair(family: Family) -> dict[tuple[str, str], list[Sample]]:
 
 
 def _different(family: Family, outcome: Outcome) -> None:
-    """Whoever it is that audits: the noise is that of an engine of this family."""
+    """The one that audits may be any: the noise is that of an engine of this family."""
     for what, samples in family.different.items():
         for pair in dict.fromkeys((sample.mine, sample.other) for sample in samples):
             known = [family.engines[name] for name in pair if name in family.engines]

@@ -292,7 +292,7 @@ def damage(slab: SlabOwner, offset: int, content: bytes) -> None:
 
 
 def sign(slab: SlabOwner) -> None:
-    """As whoever writes the fixed part of the page does."""
+    """As the NodeStore does that writes the fixed part of the page."""
     page = np.frombuffer(os.pread(slab.fd, PAGE_BYTES, 0), HEADER_PAGE_DTYPE)
     damage(slab, OFFSET_OF["sum"], fixed_sum(page).to_bytes(4, "little"))
 
