@@ -2,8 +2,9 @@
 counted under its name.
 
 Method: two nodes in two network namespaces, joined by TCP that is slowed down; engine A on the far
-node computes, engine B on the near one asks. B has one thread: two that wait for each other on a
-busy machine compute slower than the slow link brings. A Ray cluster of its own, so a module of its own.
+node computes, engine B on the near one asks. Each has one thread: two that
+wait for each other on a busy machine compute slower than the slow link brings. A Ray cluster of its
+own, so a module of its own.
 """
 
 import pytest
@@ -24,9 +25,7 @@ TOKENS = 700  # five chunks of 1 MiB
 HOPELESS, SLOW = "8mbit", "50mbit"  # five seconds for such a prompt, and 0.8: it computes quicker
 DEADLINE_MS = 950  # of a request; a read that takes a second is a fault of the peer
 BREAK_EVEN_LIMIT_S = 60.0  # a peer that was late is avoided for a while
-OWN_PROMPTS = (
-    16  # computed by B first: an engine's first steps are slow, and it must know its speed
-)
+OWN_PROMPTS = 16  # computed by B first: its first steps are slow, and it must know its speed
 OWN_SEED = 1_000
 
 
