@@ -2,8 +2,9 @@
 
 `python -m tests.slabs COMMAND JSON` is an owner in a process of its own, for what only a second
 process can show: `hold` opens the slab and waits for its standard input to end, `write` fills and
-rewrites blocks as fast as it can, `refused` tries to open one without any privilege, `fork` is
-`hold` with a child that outlives it. Each prints a line for every step.
+rewrites blocks as fast as it can, `map` maps one as an engine does, `refused` tries to open one
+without any privilege, `fork` is `hold` with a child that outlives it. Each prints a line for every
+step.
 """
 
 import ctypes
@@ -21,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from kvray.core.effects import Place
-from kvray.core.ids import BlockKey, ClientId, NodeId, OpId, Origin, SlotState
-from kvray.core.layout import SLOT_HEADER_DTYPE, Geometry
+from kvray.core.ids import BlockKey, ClientId, NodeId, OpId, Origin, SlabId, SlotState
+from kvray.core.layout import SLOT_ALIGN_BYTES, SLOT_HEADER_DTYPE, Geometry
 from kvray.core.store import Holder, StoreCore
 from kvray.errors import KVRayError
 from kvray.node.mapped import MappedSlab
@@ -198,6 +199,12 @@ def _write_for_ever(slab: SlabOwner) -> None:
         _say("commit", key_of(number).hex())
 
 
+def _look_at(mapped: MappedSlab) -> None:
+    """Every page, without a copy of it."""
+    for offset in range(0, mapped.geometry.slab_bytes, SLOT_ALIGN_BYTES):
+        assert ctypes.c_uint64.from_address(mapped.address + offset).value >= 0
+
+
 def _drop_privileges(memlock_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (memlock_bytes, memlock_bytes))
     libc = ctypes.CDLL(None, use_errno=True)
@@ -219,6 +226,15 @@ def main(command: str, words: dict[str, Any]) -> None:
         else:
             _say("open", slab.is_locked_in_memory)
             slab.close(unlink=True)
+        return
+    if command == "map":
+        descriptor = os.open(words["path"], os.O_RDWR)
+        slab_id = SlabId(bytes.fromhex(words["slab_id"]))
+        mapped = MappedSlab.from_fd(descriptor, GEOMETRY.slab_bytes, GEOMETRY.extent_bytes, slab_id)
+        os.close(descriptor)
+        _look_at(mapped)
+        _say("mapped")
+        sys.stdin.read()
         return
     slab = SlabOwner.open(words["cluster"], NODE, GEOMETRY, lock_mode="off", runtime=runtime)
     if command == "write":

@@ -68,6 +68,7 @@ STOP_DEADLINE_S = 30.0  # unmapping a terabyte takes seconds
 SWEEP_DEADLINE_S = 30.0  # of what cleans up after a silent NodeStore, see node.opening.clean_up
 CALL_DEADLINE_S = 10.0  # a Ray call takes a millisecond, an actor that is being restarted 2 s
 LOOK_PERIOD_S = 0.05  # while somebody waits for a node: two Ray calls of a millisecond
+WIPE_DEADLINE_S = 600.0  # memory is written at 5 GiB/s at least, also where engines compute: 3 TiB
 NODE_DEADLINE_S = 2.0  # of a NodeStore's word on itself; one that is silent is shown without it
 MAX_DEADLINE_S = 86_400.0  # of a caller: a day; longer is a mistake in units
 STARTER_BYTES = 8  # of the nonce that tells whose start() has made a directory
@@ -222,9 +223,23 @@ class Cluster:
         stores = self._node_stores([node.node_id for node in nodes])
         return measure_links(nodes, stores, progress)
 
-    def clear(self) -> None:
-        """Evict every block that no request is using, on every node that answers."""
-        self._ask_node_stores("clear", [node.node_id for node in self.nodes()])
+    def clear(self, *, wipe: bool = False) -> int:
+        """Evict every block that no request is using, on every node that answers.
+
+        wipe: overwrite what they and earlier ones have left in the slabs, too (0.1 s/GiB), and
+        raise NodeLostError if a node does not say that it has. Returns the bytes overwritten.
+        """
+        arguments.a_flag(wipe, "wipe")
+        nodes = [node.node_id for node in self.nodes()]
+        deadline_s = WIPE_DEADLINE_S if wipe else NODE_DEADLINE_S
+        answers = self._ask_node_stores("clear", nodes, deadline_s=deadline_s, wipe=wipe)
+        wiped = {node: found for node, found in answers.items() if found is not None}
+        if wipe and (silent := set(nodes) - set(wiped)):
+            raise NodeLostError(
+                f"not all slabs were wiped: no answer from {', '.join(sorted(silent))}. Call "
+                "it again, or stop(), which wipes them"
+            )
+        return sum(wiped.values())
 
     def drain(self, node_id: str, progress: Say | None = None) -> Drained:
         """Let the other nodes take over what only this one has, then end its NodeStore. Its
@@ -348,12 +363,19 @@ class Cluster:
                 )
         return found
 
-    def _ask_node_stores(self, method: str, node_ids: Sequence[str]) -> dict[str, Any]:
+    def _ask_node_stores(
+        self,
+        method: str,
+        node_ids: Sequence[str],
+        *,
+        deadline_s: float = NODE_DEADLINE_S,
+        **keywords: object,
+    ) -> dict[str, Any]:
         """Answers by node id; None from those that do not answer in time."""
         stores = self._node_stores(node_ids)
         return gather(
-            {node_id: getattr(store, method).remote() for node_id, store in stores.items()},
-            NODE_DEADLINE_S,
+            {node: getattr(store, method).remote(**keywords) for node, store in stores.items()},
+            deadline_s,
         )
 
     def _await_nodes(

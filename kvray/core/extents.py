@@ -106,6 +106,7 @@ class Extents:
             )
             for i in range(geometry.extent_count)
         ]
+        self._payload_offset = geometry.payload_offset
         self._slots_per_extent = per_extent
         self.spares: OrderedDict[ExtentIndex, Extent] = OrderedDict((e.index, e) for e in self._all)
         self._classes: dict[int, SizeClass] = {}
@@ -122,6 +123,23 @@ class Extents:
 
     def __iter__(self) -> Iterator[Extent]:
         return iter(self._all)
+
+    def unoccupied(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """(offset, bytes) of the payload between these offsets of the slab in which no block lies,
+        in this order and merged.
+        """
+        for extent in self._all[max(0, begin - self._payload_offset) // self._extent_bytes :]:
+            if extent.first_offset >= end:
+                return
+            free_from = extent.first_offset
+            extent_end = free_from + self._extent_bytes
+            occupied = set(extent.used_slots()).difference(extent.freed)
+            ends = [extent.offset_of(SlotIndex(slot)) for slot in sorted(occupied)]
+            for free_to in (*ends, extent_end):
+                low, high = max(begin, free_from), min(end, free_to)
+                if low < high:
+                    yield low, high - low
+                free_from = free_to + extent.slot_bytes
 
     def take(self, size_class: SizeClass) -> tuple[Extent, SlotIndex]:
         """Occupy a slot of a class that has an open extent."""

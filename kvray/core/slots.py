@@ -85,7 +85,7 @@ class SlotTable:
         self.recut_count = 0
         self._geometry = geometry
         self._policy = policy
-        self._extents = Extents(geometry, recut_rest_ms=recut_rest_ms)
+        self.extents = Extents(geometry, recut_rest_ms=recut_rest_ms)
         self._next_generation = max(1, generation_mark)
         self._generation_mark = generation_mark
         self._effects: list[Effect] = []
@@ -97,7 +97,7 @@ class SlotTable:
         assert not self._effects, "adopt comes first"
         belief = believe(self._geometry, extents, headers, generation_mark=self._generation_mark)
         for cut in belief.cuts:
-            self._extents.adopt(cut, now_ms=now_ms)
+            self.extents.adopt(cut, now_ms=now_ms)
         for slot in belief.garbage:
             self._effects.append(_blank_header(slot))
         for double in belief.doubles:
@@ -177,12 +177,12 @@ class SlotTable:
         block.extent.busy -= 1
         del self.blocks[block.place.slot]
         self._write_header(block, ABSENT)
-        self._extents.give_back(block.extent, block.place.slot)
+        self.extents.give_back(block.extent, block.place.slot)
 
     def evict(self, block: Block) -> None:
         """ABSENT, from READY without pins."""
         self._displace(block)
-        self._extents.give_back(block.extent, block.place.slot)
+        self.extents.give_back(block.extent, block.place.slot)
 
     # -- the use of a block ----------------------------------------------------------------------
 
@@ -258,7 +258,7 @@ class SlotTable:
         extent, and if it evicts, of another class's extent, or the coldest block's. core.extents
         has the rule.
         """
-        extents = self._extents
+        extents = self.extents
         size_class = extents.class_of(class_bytes)
         if size_class is not None:
             size_class.used_ms = now_ms
@@ -298,7 +298,7 @@ class SlotTable:
             "next_generation": self._next_generation,
             "unannounced": len(self.changes),
             "policy": self._policy.snapshot(),
-            "classes": self._extents.snapshot(),
+            "classes": self.extents.snapshot(),
         }
 
     # -- private ---------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ class SlotTable:
     ) -> Extent | None:
         """Evict all blocks of an extent of another class, if the rule allows it."""
         coldest = self._coldest(size_class, search)
-        victims = self._extents.victims(
+        victims = self.extents.victims(
             class_bytes, coldest_used_ms=coldest.used_ms if coldest else None, now_ms=now_ms
         )
         for victim in victims:
@@ -372,7 +372,7 @@ class SlotTable:
         generation = self._new_generation()
         self.recut_count += 1
         self._effects.append(WriteExtent(extent.index, generation, class_bytes))
-        return self._extents.cut(extent, class_bytes, generation=generation, now_ms=now_ms)
+        return self.extents.cut(extent, class_bytes, generation=generation, now_ms=now_ms)
 
     def _new_generation(self) -> Generation:
         """Of a block or an extent: one counter. The mark is written before its first use."""
@@ -385,7 +385,7 @@ class SlotTable:
 
     def _adopted(self, kept: Kept, now_ms: int) -> Block:
         place = kept.place
-        extent = self._extents.extent_of(place.slot)
+        extent = self.extents.extent_of(place.slot)
         row = pack_slot(place.slot, place.generation, place.offset)
         return Block(place, row, kept.state, extent, kept.writer, None, now_ms)
 
@@ -421,7 +421,7 @@ class SlotTable:
 
     def check(self) -> None:
         """Assert every relation between slots, keys, extents, order and changes, both ways."""
-        self._extents.check()
+        self.extents.check()
         occupied: dict[Extent, int] = {}
         busy: dict[Extent, int] = {}
         ordered: dict[int, set[SlotIndex]] = {}  # by slot size; with pinned ones that no search met
@@ -429,7 +429,7 @@ class SlotTable:
         for slot, block in self.blocks.items():
             place, extent = block.place, block.extent
             assert place.slot == slot
-            assert self._extents.extent_of(slot) is extent
+            assert self.extents.extent_of(slot) is extent
             assert slot in extent.used_slots(), "occupied, but not given out"
             assert place.offset == extent.offset_of(slot)
             assert 0 < place.bytes <= extent.slot_bytes
@@ -452,11 +452,11 @@ class SlotTable:
         for key, block in self.by_key.items():
             assert self.blocks.get(block.place.slot) is block, "a key leads to no block"
             assert block.place.key == key
-        for extent in self._extents:
+        for extent in self.extents:
             assert extent.occupied == occupied.get(extent, 0)
             assert extent.busy == busy.get(extent, 0)
             assert not set(extent.freed) & self.blocks.keys(), "a free slot is occupied"
-        for size_class in self._extents.classes():
+        for size_class in self.extents.classes():
             order = list(
                 self._policy.coldest(size_class.slot_bytes, slot_count=size_class.slot_count)
             )

@@ -401,6 +401,12 @@ class StoreCore:
         """Evict every block that is READY and not pinned; how many."""
         return sum(self.evict(place.key) for place in list(self.entries()))
 
+    def unoccupied(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """(offset, bytes) between these offsets of the slab where nothing is, nor is being written:
+        what was there is void, and may be overwritten before the next event.
+        """
+        return self._slots.extents.unoccupied(begin, end)
+
     # -- what comes out --------------------------------------------------------------------------
 
     def drain_effects(self) -> list[Effect]:

@@ -8,7 +8,8 @@ never fails, so that a NodeStore that can not start can say why (see node.loop).
 """
 
 import logging
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from kvray.actors import (
     log_to_stderr,
@@ -21,12 +22,16 @@ from kvray.core import arguments
 from kvray.core.ids import NodeId
 from kvray.errors import ArgumentError
 
+if TYPE_CHECKING:
+    from kvray.node.serving import Serving
+
 logger = logging.getLogger("kvray.node")
 
 # Of one take_over: a batch that a peer reads in a fraction of a second, also over 1 GbE.
 MAX_TAKE_OVER_KEYS = 256
 TAKE_OVER_DEADLINE_S = 5.0
 REPR_LIMIT_S = 1.0  # a slab that is adopted is open by then, and a new one of some gigabytes
+WIPE_STEP_BYTES = 16 << 20  # 2 ms in which nobody is answered
 STOP_DEADLINE_S = 20.0  # threads end within 5 s each; unmapping a terabyte takes seconds
 
 
@@ -102,9 +107,20 @@ class NodeStore:
         far = arguments.a_flag(is_far, "is_far")
         return with_way(lambda: self._loop.measure(peer), read_counters, is_far=far)
 
-    def clear(self) -> None:
-        """Evict every block that nobody has pinned."""
+    def clear(self, *, wipe: bool = False) -> int:
+        """Evict every block that nobody has pinned. wipe: then overwrite what no block lies in, a
+        step at a time, between which engines are answered; what is evicted meanwhile may be left.
+        Returns the bytes overwritten.
+        """
+        arguments.a_flag(wipe, "wipe")
         self._loop.ask(lambda serving: serving.clear())
+        if not wipe:
+            return 0
+        begin, end = self._loop.ask(lambda serving: serving.payload())
+        return sum(
+            self._loop.ask(partial(_wipe, begin=at, end=min(at + WIPE_STEP_BYTES, end)))
+            for at in range(begin, end, WIPE_STEP_BYTES)
+        )
 
     def recent(self) -> list[tuple[int, str]]:
         """The last events of the core: how many ms ago, and what."""
@@ -121,3 +137,7 @@ class NodeStore:
         """
         self._meters.end()
         return self._loop.stop(STOP_DEADLINE_S)
+
+
+def _wipe(serving: "Serving", *, begin: int, end: int) -> int:
+    return serving.wipe(begin, end)

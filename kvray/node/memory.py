@@ -25,8 +25,11 @@ logger = logging.getLogger("kvray.node")
 
 RAY_MEMORY_USAGE_THRESHOLD = 0.95  # RAY_memory_usage_threshold, where Ray starts to kill workers
 
+PUNCH_STEP_BYTES = 1 << 30  # one call after the other, so that what lies in front goes first
+
 _CGROUP_DIRECTORY = Path("/sys/fs/cgroup")
 _MLOCK_ONFAULT = 1
+_PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE and FALLOC_FL_KEEP_SIZE of linux/falloc.h
 _MAP_NORESERVE = 0x4000  # asm-generic; the module mmap does not name it everywhere
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -200,6 +203,18 @@ def allocate(fd: int, slab_bytes: int) -> None:
             f"{found.f_bavail * found.f_frsize} free now ({exc.strerror}). Make slab_bytes "
             "smaller; engines that still map an older slab keep its memory until they let go"
         ) from exc
+
+
+def punch(fd: int, length_bytes: int) -> None:
+    """Give the pages of a slab that is at its end back to the host. Whoever still maps it finds
+    zeros from here on: the headers first, since they lie in front, so no payload of zeros has a
+    header that says READY.
+    """
+    for begin in range(0, length_bytes, PUNCH_STEP_BYTES):
+        step_bytes = min(PUNCH_STEP_BYTES, length_bytes - begin)
+        if _libc.fallocate(fd, _PUNCH_HOLE, ctypes.c_long(begin), ctypes.c_long(step_bytes)):
+            number = ctypes.get_errno()
+            raise SlabError(f"the slab's pages cannot be given back: {os.strerror(number)}")
 
 
 def prefault(address: int, length_bytes: int, *, on_progress: Progress | None = None) -> None:

@@ -9,7 +9,6 @@ import os
 import re
 import time
 from collections.abc import Collection
-from contextlib import suppress
 from pathlib import Path
 
 from kvray.actors import alive_nodes
@@ -29,6 +28,7 @@ from kvray.node.slab_file import (
     SlabPaths,
     open_slab_file,
     read_header_page,
+    remove_slab,
     runtime_directory,
     slab_paths,
     sweep,
@@ -153,9 +153,8 @@ def clean_up(settings: dict[str, object], node_id: str) -> list[str]:
             return left_behind(paths)  # somebody still works on it
         time.sleep(LOCK_PERIOD_S)
     try:
-        for path in (paths.slab, paths.socket):
-            with suppress(FileNotFoundError):
-                path.unlink()
+        remove_slab(paths.slab)
+        paths.socket.unlink(missing_ok=True)
     finally:
         lock.release()
     return left_behind(paths)

@@ -468,6 +468,15 @@ class Serving:
     def clear(self) -> None:
         self._do(self._core.clear(clock_ms()))
 
+    def payload(self) -> tuple[int, int]:
+        """Where it begins and ends in the slab."""
+        geometry = self._slab.geometry
+        return geometry.payload_offset, geometry.slab_bytes
+
+    def wipe(self, begin: int, end: int) -> int:
+        """Zero what no block lies in, between these offsets of the slab; how many bytes."""
+        return self._slab.zero(self._store.unoccupied(begin, end))
+
     def recent(self) -> list[tuple[int, str]]:
         """The last events, each with how many ms ago it was, the oldest first."""
         now_ms = clock_ms()

@@ -21,6 +21,7 @@ torn in a way that matters: the state lies in one aligned word.
 Everything here is called on the NodeStore's own thread.
 """
 
+import ctypes
 import logging
 import os
 import sys
@@ -66,6 +67,7 @@ from kvray.node.slab_file import (
     SlabLock,
     SlabPaths,
     owner_of,
+    remove_slab,
     runtime_directory,
     slab_paths,
     sweep,
@@ -280,10 +282,19 @@ class SlabOwner:
         assert 0 <= row < MAX_CLIENTS
         write_client(self._page, row, client, role, engine_nonce)
 
+    def zero(self, ranges: Iterable[tuple[int, int]]) -> int:
+        """Overwrite (offset, bytes) of the payload, where no block lies; how many bytes."""
+        done_bytes = 0
+        for offset, length_bytes in ranges:
+            assert self.geometry.payload_offset <= offset <= len(self.memory) - length_bytes
+            ctypes.memset(self.address + offset, 0, length_bytes)
+            done_bytes += length_bytes
+        return done_bytes
+
     # -- the end ---------------------------------------------------------------------------------
 
     def close(self, *, unlink: bool) -> None:
-        """Let go of the slab, and of its name if unlink. May be repeated.
+        """Let go of the slab; unlink: wipe it, too, and take its name away. May be repeated.
 
         Nothing may use its address any more. Where an array or memoryview of it is still alive,
         the mapping lasts as long as that.
@@ -293,8 +304,7 @@ class SlabOwner:
             return
         self._write_owner(0)
         if unlink:
-            with suppress(FileNotFoundError):
-                self.paths.slab.unlink()
+            remove_slab(self.paths.slab)
         self._words.release()
         self._words = memoryview(b"").cast("Q")
         self.memory = memoryview(b"")

@@ -38,6 +38,7 @@ from kvray.core.header_page import (
 from kvray.core.ids import NodeId
 from kvray.core.layout import MAGIC, PAGE_BYTES
 from kvray.errors import ConfigError, SlabError
+from kvray.node.memory import punch
 from kvray.node.process import is_alive
 from kvray.ownership import check_private_folder
 
@@ -223,6 +224,21 @@ def owner_of(path: Path) -> tuple[int, int]:
     return 0, 0
 
 
+def remove_slab(path: Path) -> None:
+    """Unlink a slab that nobody works on any more, and wipe it: engines that still map it would
+    keep the prompts in it as long as they live.
+    """
+    with suppress(SlabError):  # of another user, or no slab: then only the name goes
+        descriptor = open_slab_file(path)
+        if descriptor is not None:
+            try:
+                punch(descriptor, os.fstat(descriptor).st_size)
+            finally:
+                os.close(descriptor)
+    with suppress(FileNotFoundError):
+        path.unlink()
+
+
 @dataclass(frozen=True, slots=True)
 class Orphan:
     """A slab whose node is gone, with its lock held by us."""
@@ -267,16 +283,15 @@ def sweep(
     shm: Path = SHM_DIRECTORY,
 ) -> list[Path]:
     """Give the memory of dead nodes back to the host; returns what was removed. Engines that
-    still map such a slab keep it until they let go.
+    still map such a slab find it empty.
     """
     removed = []
     runtime = runtime_directory(runtime)
     for orphan in orphans(cluster, live_node_ids, runtime=runtime, shm=shm):
         try:
-            with suppress(FileNotFoundError):
-                orphan.path.unlink()
-                removed.append(orphan.path)
-                logger.info("removed %s: its node is gone", orphan.path)
+            remove_slab(orphan.path)
+            removed.append(orphan.path)
+            logger.info("removed %s: its node is gone", orphan.path)
         finally:
             orphan.lock.release()
     return removed

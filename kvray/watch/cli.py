@@ -216,17 +216,27 @@ def drain(
 
 
 @app.command()
-def clear(cluster_name: ClusterName = DEFAULT_CLUSTER, as_json: AsJson = False) -> None:
+def clear(
+    wipe: Annotated[
+        bool, typer.Option("--wipe", help="Overwrite what they leave in memory, too.")
+    ] = False,
+    cluster_name: ClusterName = DEFAULT_CLUSTER,
+    as_json: AsJson = False,
+) -> None:
     """Evict every block that no request is using, on every node."""
     with explained():
         cluster = connected(cluster_name)
         before = sum(node.block_count for node in cluster.nodes())
-        cluster.clear()
+        with err.status("wiping" if wipe else "clearing"):
+            wiped_bytes = cluster.clear(wipe=wipe)
         after = sum(node.block_count for node in cluster.nodes())
         if as_json:
-            print_json({"cluster": cluster_name, "blocks_before": before, "blocks_after": after})
+            counts = {"blocks_before": before, "blocks_after": after, "wiped_bytes": wiped_bytes}
+            print_json({"cluster": cluster_name} | counts)
         else:
             out.print(f"{before - after:,} of {before:,} blocks were evicted")
+            if wipe:
+                out.print(f"{wiped_bytes >> 20:,} MiB were overwritten")
 
 
 # -- looking ------------------------------------------------------------------------------------

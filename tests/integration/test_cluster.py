@@ -436,6 +436,29 @@ def test_a_node_that_is_drained_leaves_its_blocks_to_the_others(
 # ---- the end
 
 
+def test_a_wiped_cluster_has_no_byte_of_what_it_has_forgotten(
+    running: kvray.Cluster, pair: tuple[Client, Client]
+) -> None:
+    a, b = pair
+    (secret,) = a.store("a secret")
+    (kept,) = a.store("in use")
+    wait_listed(running, [secret, kept])
+    assert b.hits([secret]) == 1, "and so it is in both slabs"
+    held = a.look_up([kept])
+    slabs = [files_of(running.name, node_id)[0] for node_id in node_ids(running)]
+    words = payload_of(secret)[:64]
+    running.clear()
+    assert all(words in slab.read_bytes() for slab in slabs), "to forget is not to wipe"
+
+    assert running.clear(wipe=True) > 2 * SLAB["slab_bytes"] * 0.9
+
+    assert not any(words in slab.read_bytes() for slab in slabs)
+    assert payload_of(kept)[:64] in slabs[0].read_bytes(), "a block that is in use stays"
+    a.client.unpin(held)
+    assert a.hits([kept]) == 1
+    running.clear()
+
+
 def test_stop_leaves_no_actor_no_slab_and_no_socket(
     ray_cluster: RayCluster, running: kvray.Cluster
 ) -> None:

@@ -363,9 +363,31 @@ class StoreMachine(RuleBasedStateMachine):
                 for slot, (place, w) in self.quarantine.items()
                 if w == writer
             )
+        self.what_may_be_wiped_is_the_rest()
         snapshot = self.core.snapshot()
         assert snapshot["pins"] == self.pin_count()
         assert snapshot["pinned"] == len(self.pinned())
+
+    def what_may_be_wiped_is_the_rest(self) -> None:
+        """Blocks and what is unoccupied are the whole payload, nothing is both; in steps, too."""
+        geometry = self.slab.geometry
+        begin, end = (
+            geometry.payload_offset,
+            geometry.payload_offset + geometry.extent_count * EXTENT,
+        )
+        places = [*self.ready.values(), *(w.place for w in self.writing.values())]
+        places += [place for place, _ in self.quarantine.values()]
+        blocks = [(place.offset, aligned(place.bytes)) for place in places]
+        rest = list(self.core.unoccupied(begin, end))
+        covered = begin
+        for offset, length_bytes in sorted([*blocks, *rest]):
+            assert offset == covered
+            covered += length_bytes
+        assert covered == end
+        step_bytes = EXTENT // 4 + PAGE
+        steps = range(begin, end, step_bytes)
+        stepped = [self.core.unoccupied(at, min(at + step_bytes, end)) for at in steps]
+        assert sum(n for ranges in stepped for _, n in ranges) == sum(n for _, n in rest)
 
     def teardown(self) -> None:
         """All readers stop, all writers end: no slot may be lost to whatever has happened."""

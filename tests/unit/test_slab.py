@@ -2,6 +2,7 @@
 over or cut anew under anybody. Method: real files in /dev/shm, real processes, kill -9.
 """
 
+import ctypes
 import os
 import random
 import stat
@@ -117,6 +118,22 @@ def test_closing_leaves_the_slab_or_takes_it_along(host: Host) -> None:
     host.open().close(unlink=True)
     assert host.files() == []
     assert [path.suffix for path in host.runtime.iterdir()] == [".lock"]
+
+
+def test_a_mapping_that_outlives_the_end_of_a_slab_finds_no_prompt_in_it(host: Host) -> None:
+    # An engine lets go when it comes to it, and until then has what it had mapped.
+    slab = host.open()
+    place = Writer(slab).write(key_of(1))
+    engine = map_slab(slab)
+    content = np.ctypeslib.as_array(
+        (ctypes.c_uint64 * (place.bytes // 8)).from_address(engine.address + place.offset)
+    )
+    assert (content == place.generation).all()
+
+    slab.close(unlink=True)
+
+    assert not content.any()
+    assert not engine.headers["state"].any(), "and no header that calls those zeros a block"
 
 
 # ── one owner ────────────────────────────────────────────────────────────────────────────────────
