@@ -52,7 +52,7 @@ help:
 	@echo 'make from-wheel RUN=TARGET   any of these with the wheel in place of the checkout'
 	@echo 'make test-gpu      copies on a GPU: tests and the table of benchmarks/gpu.py; without vLLM'
 	@echo 'make test-ray-llm  the engine tests with the pair of ray[llm], and Ray Serve LLM'
-	@echo 'make test-ray-llm-slow   what of Ray Serve LLM is slower'
+	@echo 'make test-ray-llm-slow   what of Ray Serve LLM is slower, and the other oracles'
 	@echo 'make fuzz          hostile bytes, requests and arguments, a minute of each kind'
 	@echo 'make sim           2,000 seeds of the cluster simulator, about a quarter of an hour'
 	@echo 'make mutants       bugs planted one at a time: each must be caught'
@@ -200,6 +200,8 @@ test-ray-llm: system install-ray-llm
 	$(call pytest,$(VENV_RAY_LLM),$(RAY_LLM_LIMIT_S)) -m '(engine or ray_llm) and not slow' $(ARGS)
 
 test-ray-llm-slow: system install-ray-llm
+	$(call pytest,$(VENV_RAY_LLM),$(RAY_LLM_LIMIT_S)) -m 'not engine and not ray_llm' \
+	    tests/integration/test_oracle_*.py $(ARGS)
 	$(call pytest,$(VENV_RAY_LLM),$(RAY_LLM_LIMIT_S)) -m 'ray_llm and slow' $(ARGS)
 
 sim: install

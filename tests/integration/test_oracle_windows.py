@@ -98,8 +98,12 @@ def test_prompts_of_one_to_four_windows(
         prompt = prompt_of(length, seed=1_000 * count + number)
         source.choice([store_computed, store_from_the_device])(engines[0], prompt)
 
-        verdict = oracle.check(prompt, hit_tokens=hits_of(engines[1], prompt), max_tokens=1)
+        # Of a prompt that is whole blocks vLLM 0.29 asks for the last one, too.
+        is_whole = len(prompt) % BLOCK_TOKENS == 0
+        hit_tokens = hits_of(engines[1], prompt)
+        verdict = oracle.check(prompt, hit_tokens=None if is_whole else hit_tokens, max_tokens=1)
 
+        assert hit_tokens <= verdict.hit.cached_tokens < len(prompt)
         blocks += verdict.loaded.blocks
     assert blocks >= count * WINDOW_TOKENS // BLOCK_TOKENS - count
     oracle.at_rest()
