@@ -11,6 +11,7 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,13 @@ def test_from_nothing_to_nothing(terminal: Terminal) -> None:
     assert doctor["ok"]
     assert "kvray.attach" in doctor["verdict"]
     assert doctor["links"] == [], "there is one node"
+    assert {port["process"].split("-")[0] for port in doctor["ports"]} >= {
+        "directory",
+        "node_store",
+    }
+    assert all(port["expected"] for port in doctor["ports"])
+    where = {ip_address(port["address"]) for port in doctor["ports"]}
+    assert all(address.is_loopback for address in where), where
     assert "kvray.attach" in terminal.type("doctor", "--cluster", CLUSTER).stdout
     (rdma,) = [f for f in terminal.ask("doctor", "--rdma")["findings"] if f["check"] == "rdma"]
     assert "nothing could be checked" in rdma["text"]

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RAY_CLUSTER, RAY_SERVICE = (
     f"examples/clusters/kuberay-{kind}.yaml" for kind in ("raycluster", "rayservice")
 )
+NETWORK_POLICY = "examples/clusters/kuberay-networkpolicy.yaml"
 KUBERNETES = "1.32"
 NOT_TRIED = "# not tried: "
 
@@ -61,6 +62,16 @@ def test_kubernetes_accepts_every_pod(path: str) -> None:
 
     for group in groups(path):
         kubernetes_validate.validate(pod(group), KUBERNETES, strict=True)
+
+
+def test_the_network_policy_lets_nobody_but_the_nodes_to_any_port() -> None:
+    import kubernetes_validate
+
+    policy = load(NETWORK_POLICY)
+    kubernetes_validate.validate(policy, KUBERNETES, strict=True)
+    every_port = [rule["from"] for rule in policy["spec"]["ingress"] if "ports" not in rule]
+    assert every_port == [[{"podSelector": policy["spec"]["podSelector"]}]]
+    assert (ROOT / NETWORK_POLICY).read_text().startswith(NOT_TRIED)
 
 
 def test_kubernetes_would_refuse_a_misspelt_key(path: str) -> None:
