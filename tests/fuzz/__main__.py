@@ -9,13 +9,14 @@ from random import Random
 
 from rich.console import Console
 
-from tests.fuzz import arguments, codec, page, server
+from tests.fuzz import arguments, codec, command_line, page, server
 from tests.fuzz.outcome import Outcome
 
 TARGETS: dict[str, Callable[[Random, float], Outcome]] = {
     "codec": codec.run,
     "server": server.run,
     "page": page.run,
+    "command_line": command_line.run,
     "arguments": arguments.run,
 }
 SECONDS = 20.0
