@@ -3,9 +3,11 @@
 begin ─▶ both pinned, CompareBlocks ─▶ end, or too late: unpinned, and the copy is evicted
 """
 
+from collections.abc import Collection
+
 from kvray.core.commands import BlockPair, CompareBlocks
 from kvray.core.deadlines import Deadlines
-from kvray.core.ids import BlockKey, Namespace, OpId
+from kvray.core.ids import BlockKey, Maker, Namespace, OpId
 from kvray.core.slots import Block
 from kvray.core.store import TRUST, StoreCore
 from kvray.core.tolerance import tolerance_of
@@ -28,16 +30,20 @@ class CopiesCompared:
         namespace: Namespace,
         own: Own | None,
         *,
+        trusted: Collection[Maker],
         key: BlockKey,
         name: BlockKey,
         now_ms: int,
         deadline_ms: int,
     ) -> CompareBlocks | None:
         """key: of the block; name: of its copy, which an engine like `own` has stored. None if it
-        is not compared.
+        is not compared: where another block has taken the key since, by a maker that is not among
+        the trusted ones, nobody has said that they compute the same.
         """
         copy, block = self._store.blocks_of([name, key])
-        asked = self._asked(op, own, copy, block)
+        asked = None
+        if block is not None and block.place.maker in trusted:
+            asked = self._asked(op, own, copy, block)
         if asked is None or copy is None or block is None or len(self._pairs) >= MAX_AUDITS:
             self._store.evict(name)
             return None

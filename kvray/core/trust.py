@@ -246,10 +246,12 @@ class TrustCore:
         maker: compare the two. The copy goes in any case.
         """
         self._last_op = OpId(self._last_op + 1)
+        trusted = self._trusted.get(own)
         asked = self._audits.begin(
             self._last_op,
             own[0],
             self._own.get(own),
+            trusted=trusted.makers if trusted is not None else (),
             key=key,
             name=name,
             now_ms=now_ms,
@@ -268,16 +270,18 @@ class TrustCore:
     def _judge_audit(
         self, pair: Pair, verdicts: list[Verdict], pieces: Iterable[int], now_ms: int
     ) -> None:
-        """The second mismatch is an alarm: the maker is different from now on."""
+        """The second mismatch is an alarm: the maker is different from now on. Of one that has been
+        found different meanwhile it is no news.
+        """
         contact = self._contacts.get(pair)
         if verdicts not in ([Verdict.EQUAL], [Verdict.DIFFERENT]):
             return
         self.counters["audited_chunks"] += 1
-        if verdicts == [Verdict.EQUAL] or contact is None:
+        if verdicts == [Verdict.EQUAL] or contact is None or contact.state is not TrustState.EQUAL:
             return
         self.counters["audit_mismatch"] += 1
         contact.mismatches += 1
-        if contact.mismatches >= MIN_PAIRS and contact.state is TrustState.EQUAL:
+        if contact.mismatches >= MIN_PAIRS:
             contact.move(TrustState.DIFFERENT)
             self._deny(contact, pieces, now_ms)
 

@@ -255,4 +255,16 @@ SEAM_TRUST: tuple[Mutant, ...] = (
         ),
         tested(_AUDIT),
     ),
+    Mutant(
+        "seam: an audit compares with whoever has taken the key since",
+        "kvray.core.copies_compared",
+        (("if block is not None and block.place.maker in trusted:", "if block is not None:"),),
+        tested(_AUDIT),
+    ),
+    Mutant(
+        "seam: an audit's mismatch is news of a maker that is known to be different",
+        "kvray.core.trust",
+        ((" or contact.state is not TrustState.EQUAL:\n", ":\n"),),
+        tested(_AUDIT),
+    ),
 )

@@ -11,6 +11,7 @@ from tests.sim.run import run_seed
 # (seed, what it found). Those above 150 have found a bug of kvray; the others were the first
 # of many to find a planted one (tests.mutants).
 FOUND = [
+    (1874, "an audit counted a mismatch of a maker that was known to be different"),
     (758, "in a full slab one canary went for the other, and makers never met"),
     (161, "a block that was evicted again counted as taken over from a leaving node"),
     (166, "a take-over fetched what a local engine was writing"),
