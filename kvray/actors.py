@@ -10,15 +10,21 @@ All in RAY_NAMESPACE, whatever namespace the caller's job is in. Knows none of t
 import gc
 import logging
 import os
+import pwd
+import socket
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
+from kvray.core import arguments
 from kvray.errors import ConfigError
 
+NOBODY = "somebody unnamed"  # of the audit log: a caller that says nothing
+
 logger = logging.getLogger("kvray")
+audit = logging.getLogger("kvray.audit")
 
 RAY_NAMESPACE = "kvray"
 TESTED_RAY = "2.60"  # kvray.serve uses an internal interface of it, which comes without promises
@@ -78,6 +84,21 @@ def log_to_stderr() -> None:
     logger.addHandler(lines)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+def note_who_asked(what: str, asked_by: object) -> None:
+    """One line of the audit log, in the log of this Ray worker. asked_by: as caller() says. A Ray
+    client can say what it likes, so the log tells of mistakes, not of malice.
+    """
+    audit.info("%s, asked by %s", what, arguments.a_text(asked_by, "asked_by"))
+
+
+def caller() -> str:
+    """What an audit log says of this process."""
+    user = os.geteuid()
+    with suppress(KeyError):  # a container may have no name for it
+        return f"{pwd.getpwuid(user).pw_name}@{socket.gethostname()}, process {os.getpid()}"
+    return f"user {user}@{socket.gethostname()}, process {os.getpid()}"
 
 
 def run_at_normal_priority() -> bool:

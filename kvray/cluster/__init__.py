@@ -24,6 +24,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from kvray.actors import (
     RAY_NAMESPACE,
     alive_nodes,
+    caller,
     directory_name,
     node_store_name,
     node_store_prefix,
@@ -232,7 +233,9 @@ class Cluster:
         arguments.a_flag(wipe, "wipe")
         nodes = [node.node_id for node in self.nodes()]
         deadline_s = WIPE_DEADLINE_S if wipe else NODE_DEADLINE_S
-        answers = self._ask_node_stores("clear", nodes, deadline_s=deadline_s, wipe=wipe)
+        answers = self._ask_node_stores(
+            "clear", nodes, deadline_s=deadline_s, wipe=wipe, asked_by=caller()
+        )
         wiped = {node: found for node, found in answers.items() if found is not None}
         if wipe and (silent := set(nodes) - set(wiped)):
             raise NodeLostError(
@@ -272,7 +275,7 @@ class Cluster:
         )
         drained = drain.run()
         settings = self._origin().config.to_dict()
-        self._ask("retire", node_id)
+        self._ask("retire", node_id, asked_by=caller())
         left = self._end_stores({node_id: leaving}, settings, STOP_DEADLINE_S)
         if left:
             raise NodeLostError(f"node {node_id} was drained, but is left: {', '.join(left)}")
@@ -290,7 +293,8 @@ class Cluster:
         settings: dict[str, object] = {"cluster_name": self.name}
         with contextlib.suppress(NodeLostError):
             settings = self._origin().config.to_dict()
-            self._ask("stop_supervising", deadline_s=min(CALL_DEADLINE_S, deadline_s))
+            patience_s = min(CALL_DEADLINE_S, deadline_s)
+            self._ask("stop_supervising", deadline_s=patience_s, asked_by=caller())
         left = self._end_stores(self._node_stores(), settings, deadline_s)
         for name in (page_name(self.name), directory_name(self.name)):
             with contextlib.suppress(ValueError):
@@ -312,9 +316,9 @@ class Cluster:
         starter, settings = self._ask("origin", deadline_s=deadline_s)
         return _Origin(starter, Config.parse(settings))
 
-    def _ask(self, method: str, *args: object, deadline_s: float = CALL_DEADLINE_S) -> Any:  # noqa: ANN401
+    def _ask(self, method: str, *args: object, **keywords: Any) -> Any:  # noqa: ANN401
         whom = f"the directory of kvray cluster {self.name!r}"
-        return self._ask_actor(self._directory, whom, method, *args, deadline_s=deadline_s)
+        return self._ask_actor(self._directory, whom, method, *args, **keywords)
 
     def _ask_actor(
         self,
@@ -323,9 +327,10 @@ class Cluster:
         method: str,
         *args: object,
         deadline_s: float = CALL_DEADLINE_S,
+        **keywords: object,
     ) -> Any:  # noqa: ANN401
         try:
-            return ray.get(getattr(actor, method).remote(*args), timeout=deadline_s)
+            return ray.get(getattr(actor, method).remote(*args, **keywords), timeout=deadline_s)
         except (RayActorError, GetTimeoutError) as exc:
             raise NodeLostError(
                 f"{whom} does not answer: {_last_line(exc)}. Ray restarts it if it has died; "
@@ -341,9 +346,9 @@ class Cluster:
         """Stop NodeStores, kill their actors, and clean up after those that say nothing. Returns
         what is left.
         """
-        answers = gather(
-            {node_id: store.stop.remote() for node_id, store in stores.items()}, deadline_s
-        )
+        who = caller()
+        calls = {node: store.stop.remote(asked_by=who) for node, store in stores.items()}
+        answers = gather(calls, deadline_s)
         for store in stores.values():
             ray.kill(store, no_restart=True)
         left = [path for paths in answers.values() for path in paths or ()]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvray.actors import caller
 from kvray.cluster.placement import gather
 from kvray.core.codec import decode, encode, pack_keys, unpack_locations
 from kvray.core.ids import BlockKey, Epoch, NodeId
@@ -72,7 +73,7 @@ class Drain:
 
     def run(self) -> Drained:
         for _ in range(MAX_ROUNDS):
-            keys, sizes = self._store("drain")
+            keys, sizes = self._store("drain", asked_by=caller())
             self._sizes |= zip(keys, sizes, strict=True)
             left = [key for key in keys if key not in self._safe]
             if not left or not self._round(left):

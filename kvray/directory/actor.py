@@ -22,12 +22,14 @@ from ray.exceptions import RayError
 from ray.util import list_named_actors
 
 from kvray.actors import (
+    NOBODY,
     RAY_NAMESPACE,
     alive_nodes,
     ending_on_bug,
     keep_what_is_loaded,
     log_to_stderr,
     node_store_name,
+    note_who_asked,
     refuse_optimized,
     run_at_normal_priority,
     take_short_turns,
@@ -135,14 +137,17 @@ class Directory:
             known = core.snapshot() | {"retired": self._supervisor.retired()}
         return known | {"listeners": [[one.address, one.port] for one in listeners()]}
 
-    def retire(self, node_id: str) -> None:
+    def retire(self, node_id: str, *, asked_by: str = NOBODY) -> None:
         """No NodeStore is made on this Ray node any more. A directory that is restarted forgets
         it, and the node gets an empty one again.
         """
-        self._supervisor.retire(arguments.a_node_id(node_id))
+        node = arguments.a_node_id(node_id)
+        note_who_asked(f"retire node {node}", asked_by)
+        self._supervisor.retire(node)
 
-    def stop_supervising(self) -> None:
+    def stop_supervising(self, *, asked_by: str = NOBODY) -> None:
         """No NodeStore is made after this returns; what is there stays."""
+        note_who_asked("stop", asked_by)
         self._stopping.set()
         self._supervisor.join()
 

@@ -12,7 +12,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvray.actors import (
+    NOBODY,
     log_to_stderr,
+    note_who_asked,
     refuse_optimized,
     run_at_normal_priority,
     take_short_turns,
@@ -80,8 +82,9 @@ class NodeStore:
         keys: list[bytes] = self._loop.ask(lambda serving: serving.block_keys())
         return keys
 
-    def drain(self) -> tuple[list[bytes], list[int]]:
+    def drain(self, *, asked_by: str = NOBODY) -> tuple[list[bytes], list[int]]:
         """Store nothing more for engines, and say what is READY: keys, payload bytes."""
+        note_who_asked("drain", asked_by)
         listed: tuple[list[bytes], list[int]] = self._loop.ask(lambda serving: serving.drain())
         return listed
 
@@ -107,12 +110,13 @@ class NodeStore:
         far = arguments.a_flag(is_far, "is_far")
         return with_way(lambda: self._loop.measure(peer), read_counters, is_far=far)
 
-    def clear(self, *, wipe: bool = False) -> int:
+    def clear(self, *, wipe: bool = False, asked_by: str = NOBODY) -> int:
         """Evict every block that nobody has pinned. wipe: then overwrite what no block lies in, a
         step at a time, between which engines are answered; what is evicted meanwhile may be left.
         Returns the bytes overwritten.
         """
         arguments.a_flag(wipe, "wipe")
+        note_who_asked("clear and wipe" if wipe else "clear", asked_by)
         self._loop.ask(lambda serving: serving.clear())
         if not wipe:
             return 0
@@ -131,10 +135,11 @@ class NodeStore:
         """Assert all invariants; a broken one ends this process, as any bug does."""
         self._loop.ask(lambda serving: serving.check())
 
-    def stop(self) -> list[str]:
+    def stop(self, *, asked_by: str = NOBODY) -> list[str]:
         """Say bye and leave no slab and no socket; the caller kills the actor then. Returns the
         paths that are left all the same.
         """
+        note_who_asked("stop", asked_by)
         self._meters.end()
         return self._loop.stop(STOP_DEADLINE_S)
 

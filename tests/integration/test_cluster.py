@@ -22,7 +22,7 @@ from ray.cluster_utils import Cluster as RayCluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import kvray
-from kvray.actors import RAY_NAMESPACE, node_store_name
+from kvray.actors import RAY_NAMESPACE, caller, node_store_name
 from kvray.cluster.placement import ACTOR_OPTIONS, actor_names
 from kvray.cluster.status import NodeState
 from kvray.config import EngineConfig, find_sockets, socket_path
@@ -373,7 +373,9 @@ def test_a_node_store_that_somebody_killed_for_good_is_made_again(running: kvray
         return node.state is NodeState.READY and node.pid not in (0, old["pid"])
 
     wait_until(is_back, what="another NodeStore", limit_s=START_LIMIT_S)
-    assert status_of(running, node_id)["slab"]["adopted"]
+    assert status_of(running, node_id)["slab"]["adopted"], status_of(running, node_id)["slab"][
+        "reason"
+    ]
     running.wait_ready(2, deadline_s=START_LIMIT_S)
 
 
@@ -431,6 +433,21 @@ def test_a_node_that_is_drained_leaves_its_blocks_to_the_others(
         lambda: all(n.state is not NodeState.DRAINED for n in running.status().nodes),
         what="Ray's word that it is gone",
     )
+
+
+def test_who_has_asked_for_it_is_in_the_logs_of_the_actors(running: kvray.Cluster) -> None:
+    running.clear()
+    node = running.nodes()[0]
+    head: Any = ray._private.worker.global_worker.node  # noqa: SLF001
+    folder = Path(head.get_logs_dir_path())
+    (log,) = folder.glob(f"worker-*-{node.pid}.err")
+
+    lines = [line for line in log.read_text().splitlines() if "kvray.audit" in line]
+
+    assert f"clear, asked by {caller()}" in lines[-1]
+    assert f"process {os.getpid()}" in lines[-1]
+    with pytest.raises(kvray.ArgumentError, match="asked_by"):
+        ray.get(store_of(running, node.node_id).clear.remote(asked_by="\x1b[2J"))
 
 
 # ---- the end
