@@ -226,15 +226,17 @@ def owner_of(path: Path) -> tuple[int, int]:
 
 def remove_slab(path: Path) -> None:
     """Unlink a slab that nobody works on any more, and wipe it: engines that still map it would
-    keep the prompts in it as long as they live.
+    keep the prompts in it as long as they live. Where it cannot be wiped, at least its name goes.
     """
-    with suppress(SlabError):  # of another user, or no slab: then only the name goes
+    try:
         descriptor = open_slab_file(path)
         if descriptor is not None:
             try:
                 punch(descriptor, os.fstat(descriptor).st_size)
             finally:
                 os.close(descriptor)
+    except SlabError as exc:
+        logger.warning("%s is removed and was not wiped: %s", path, exc)
     with suppress(FileNotFoundError):
         path.unlink()
 
