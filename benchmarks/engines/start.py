@@ -4,7 +4,8 @@
 
 Each tree has a cluster of one node, made by its own code, and starts engines there in turn with the
 other one, as users do (EngineCore in a process of its own). A start lasts from the command until
-the engine takes requests: the names of its weights and its canary are in it.
+the engine takes requests: the names of its weights and its canary are in it. How long a worker
+takes to name 1 GB of parameters is measured by itself first (--starts 0: nothing else is).
 """
 
 import argparse
@@ -14,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,16 +23,21 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+import torch
 from rich.console import Console
 from rich.progress import track
 
 from benchmarks.bars import Bar, at_most
 from benchmarks.measure import finish
+from kvray.engine.weights import tensor_digest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STARTER = Path(__file__).with_name("starter.py")
 BEFORE_NAMES = "bf1055e"  # the last commit whose engines neither named weights nor had a canary
 MAX_RATIO = 1.05
+MAX_DIGEST_S = 0.5
+PARAMETERS, PARAMETER_BYTES = 8, 125_000_000  # 1 GB, as bfloat16
+DIGESTS = 5
 END_LIMIT_S = 60.0  # of a Ray cluster of one node
 
 console = Console(stderr=True)
@@ -86,7 +93,23 @@ def unpack(commit: str, folder: Path) -> Path:
     return tree
 
 
+def digest_s() -> float:
+    """The median time in which 1 GB of parameters in host memory gets its names."""
+    noise = torch.randint(0, 256, (PARAMETER_BYTES,), dtype=torch.uint8).view(torch.bfloat16)
+    parameters = [noise.clone() for _ in range(PARAMETERS)]
+    took_s = []
+    for _ in range(DIGESTS):
+        begun_s = time.perf_counter()
+        for parameter in parameters:
+            tensor_digest(parameter)
+        took_s.append(time.perf_counter() - begun_s)
+    return statistics.median(took_s)
+
+
 def measure(*, against: str, starts: int) -> dict[str, Any]:
+    named = {"digest_s": round(digest_s(), 3)}
+    if not starts:
+        return named
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvray-start-")))
         before = stack.enter_context(starter(unpack(against, folder)))
@@ -99,7 +122,7 @@ def measure(*, against: str, starts: int) -> dict[str, Any]:
             for index in track(range(starts), "starts of both", console=console)
         ]
     before_s, now_s = (statistics.median(side) for side in zip(*pairs, strict=True))
-    return {
+    return named | {
         "against": against,
         "start_s": round(now_s, 3),
         "start_before_s": round(before_s, 3),
@@ -109,11 +132,19 @@ def measure(*, against: str, starts: int) -> dict[str, Any]:
 
 
 def bars(result: dict[str, Any]) -> list[Bar]:
-    return [at_most(MAX_RATIO, "start of an engine over the one before", result["start_ratio"])]
+    found = [at_most(MAX_DIGEST_S, "s to name 1 GB of parameters", result["digest_s"])]
+    if "start_ratio" in result:
+        what = "start of an engine over the one before"
+        found.append(at_most(MAX_RATIO, what, result["start_ratio"]))
+    return found
 
 
 def show(result: dict[str, Any]) -> None:
-    Console().print(
+    out = Console()
+    out.print(f"1 GB of parameters has its names in {result['digest_s']} s")
+    if "start_s" not in result:
+        return
+    out.print(
         f"an engine starts in {result['start_s']} s, with {result['against']} in "
         f"{result['start_before_s']} s: {result['start_ratio']}"
     )
