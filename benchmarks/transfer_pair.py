@@ -38,6 +38,7 @@ from kvray.core.commands import (
 from kvray.core.effects import Place
 from kvray.core.fetch import FetchCore, Source
 from kvray.core.ids import (
+    UNKNOWN_MAKER,
     BlockKey,
     ClientId,
     Epoch,
@@ -83,6 +84,7 @@ class Slab:
         table = self.bytes[geometry.slot_table_offset :][: geometry.slot_count * HEADER_BYTES]
         headers = table.view(SLOT_HEADER_DTYPE)
         headers["state"] = SlotState.ABSENT
+        headers["maker"] = UNKNOWN_MAKER
         for slot in slots_of(geometry, slot_bytes).tolist():
             header = headers[slot]
             header["generation"] = slot + 1
