@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-from kvray.core import arguments
 from kvray.errors import ConfigError
 
 NOBODY = "somebody unnamed"  # of the audit log: a caller that says nothing
@@ -86,11 +85,11 @@ def log_to_stderr() -> None:
     logger.propagate = False
 
 
-def note_who_asked(what: str, asked_by: object) -> None:
+def note_who_asked(what: str, asked_by: str) -> None:
     """One line of the audit log, in the log of this Ray worker. asked_by: as caller() says. A Ray
     client can say what it likes, so the log tells of mistakes, not of malice.
     """
-    audit.info("%s, asked by %s", what, arguments.a_text(asked_by, "asked_by"))
+    audit.info("%s, asked by %s", what, asked_by)
 
 
 def caller() -> str:

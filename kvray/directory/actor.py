@@ -142,12 +142,12 @@ class Directory:
         it, and the node gets an empty one again.
         """
         node = arguments.a_node_id(node_id)
-        note_who_asked(f"retire node {node}", asked_by)
+        note_who_asked(f"retire node {node}", arguments.a_text(asked_by, "asked_by"))
         self._supervisor.retire(node)
 
     def stop_supervising(self, *, asked_by: str = NOBODY) -> None:
         """No NodeStore is made after this returns; what is there stays."""
-        note_who_asked("stop", asked_by)
+        note_who_asked("stop", arguments.a_text(asked_by, "asked_by"))
         self._stopping.set()
         self._supervisor.join()
 

@@ -84,7 +84,7 @@ class NodeStore:
 
     def drain(self, *, asked_by: str = NOBODY) -> tuple[list[bytes], list[int]]:
         """Store nothing more for engines, and say what is READY: keys, payload bytes."""
-        note_who_asked("drain", asked_by)
+        note_who_asked("drain", arguments.a_text(asked_by, "asked_by"))
         listed: tuple[list[bytes], list[int]] = self._loop.ask(lambda serving: serving.drain())
         return listed
 
@@ -116,7 +116,9 @@ class NodeStore:
         Returns the bytes overwritten.
         """
         arguments.a_flag(wipe, "wipe")
-        note_who_asked("clear and wipe" if wipe else "clear", asked_by)
+        note_who_asked(
+            "clear and wipe" if wipe else "clear", arguments.a_text(asked_by, "asked_by")
+        )
         self._loop.ask(lambda serving: serving.clear())
         if not wipe:
             return 0
@@ -139,7 +141,7 @@ class NodeStore:
         """Say bye and leave no slab and no socket; the caller kills the actor then. Returns the
         paths that are left all the same.
         """
-        note_who_asked("stop", asked_by)
+        note_who_asked("stop", arguments.a_text(asked_by, "asked_by"))
         self._meters.end()
         return self._loop.stop(STOP_DEADLINE_S)
 

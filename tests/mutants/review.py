@@ -64,9 +64,9 @@ BUGS: tuple[Mutant, ...] = (
                 (
                     "        del self.blocks[block.place.slot]\n"
                     "        self._write_header(block, ABSENT)\n"
-                    "        self._extents.give_back"
+                    "        self.extents.give_back"
                 ),
-                "        del self.blocks[block.place.slot]\n        self._extents.give_back",
+                "        del self.blocks[block.place.slot]\n        self.extents.give_back",
             ),
         ),
         simulated(5),

@@ -150,6 +150,8 @@ def _honest(record: Record, audits: int, random: np.random.Generator, outcome: O
         drawn = np.where(takes_first, rows[chosen[:, 0]], rows[chosen[:, 1]])
         for errors in drawn.tolist():
             outcome.nearest = max(outcome.nearest, node.audit(errors))
+            if not node.trusts:
+                break  # an alarm; nothing is audited any more
         outcome.audits += node.audits
         outcome.alarms += node.mismatches
         node.check()

@@ -108,8 +108,16 @@ def test_a_worker_writes_payload_and_can_not_write_headers(
 
 def test_a_mapping_outlives_its_owner(slab: SlabOwner, places: list[Place]) -> None:
     mapped = map_slab(slab)
-    slab.close(unlink=True)
+    slab.close(unlink=False)
     assert mapped.all_match(**columns(places))
+
+
+def test_a_mapping_outlives_its_slab_and_finds_no_block_in_it(
+    slab: SlabOwner, places: list[Place]
+) -> None:
+    mapped = map_slab(slab)
+    slab.close(unlink=True)
+    assert not mapped.all_match(**columns(places[:1]))
 
 
 def test_populating_fills_the_page_tables_and_changes_nothing(
