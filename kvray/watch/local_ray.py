@@ -29,8 +29,10 @@ END_LIMIT_S = 45.0  # `ray start --block` ends its children, in seconds
 UP = "Ray runtime started"  # what `ray start` says then
 CURRENT = "ray/ray_current_cluster"  # where Ray notes what `ray start` has begun on this host
 LOOK_PERIOD_S = 0.1
+# Ray itself cannot be kept to loopback: it replaces 127.0.0.1 by the host's own address. Its ports
+# ask for the token, UCX's ask for nothing.
+UCX_ON_LOOPBACK = "lo"
 OPTIONS = (
-    "--node-ip-address=127.0.0.1",  # nobody on the network can connect, to UCX neither
     "--port=0",
     "--dashboard-host=127.0.0.1",
     "--include-dashboard=false",
@@ -71,7 +73,9 @@ def begin(cluster_name: str) -> None:
     with log_path.open("wb") as log:
         head = subprocess.Popen(  # noqa: S603 (Ray's own command)
             [*ray_command, "start", "--head", "--block", *OPTIONS],
-            env=os.environ | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"},  # its only node
+            env=os.environ
+            | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}  # its only node
+            | {"UCX_NET_DEVICES": os.environ.get("UCX_NET_DEVICES", UCX_ON_LOOPBACK)},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
