@@ -1,9 +1,9 @@
-"""What is typed, wrong in one place at least: a message and an exit code, never a traceback, never
+"""What is typed, most of it wrong: a message and an exit code, never a traceback, never
 what the terminal would take for a command, and the same processes afterwards.
 
 Method: a real cluster of one node, each command called in this process, with the options and
-arguments that it has. `bench` is left out, which measures for minutes; whatever would end or begin
-something by its default gets the name of a cluster that cannot be.
+arguments that it has. `bench` is left out, which measures for minutes; a command that would end or
+begin something by its default gets the name of a cluster that cannot be.
 """
 
 from collections.abc import Sequence

@@ -256,7 +256,7 @@ SEAM_TRUST: tuple[Mutant, ...] = (
         tested(_AUDIT),
     ),
     Mutant(
-        "seam: an audit compares with whoever has taken the key since",
+        "seam: an audit compares with the maker that has taken the key since",
         "kvray.core.copies_compared",
         (("if block is not None and block.place.maker in trusted:", "if block is not None:"),),
         tested(_AUDIT),
